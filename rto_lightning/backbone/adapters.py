@@ -1,0 +1,142 @@
+"""Several LoRA adapters on one base, one of them active at a time.
+
+PEFT's own switches do not fit: `set_adapter` takes the gradients from every other adapter, and leaving
+`disable_adapter()` freezes all but the active one. So the two attributes that PEFT's layers read in their forward are
+set here, and `requires_grad` is set once, when a role is added. They are private names of PEFT 0.21
+(`BaseTunerLayer._active_adapter`, `._disable_adapters`), which is why its version is pinned.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from rto_lightning.backbone.settings import LoraSettings
+from rto_lightning.errors import UserError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+class AdapterBank:
+    """The named adapters of one base model.
+
+    The bank holds no module of its own: the adapters live inside the layers of `model`.
+    """
+
+    def __init__(self, model: PreTrainedModel, trained_dtype: torch.dtype) -> None:
+        self.model = model
+        self.trained_dtype = trained_dtype
+        self._peft: PeftModel | None = None
+        self._layers: list[BaseTunerLayer] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters, in the order in which they were added."""
+        return list(self._peft.peft_config) if self._peft is not None else []
+
+    def add(self, name: str, lora: LoraSettings, trainable: bool) -> None:
+        """Add a fresh adapter; its update is zero, so that it starts as the base model."""
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=lora.target_modules,
+            use_rslora=lora.rank_stabilized,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
+        self._add(name, config, trainable)
+
+    def load(self, name: str, folder: Path, trainable: bool) -> None:
+        """Add an adapter from a PEFT folder.
+
+        Raises:
+            UserError: if the folder is no LoRA adapter, trains more than LoRA layers, or does not fit this base.
+        """
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig) or config.modules_to_save:
+            raise UserError(f"{folder} is not a plain LoRA adapter (modules_to_save must be empty); train it anew.")
+        weights_file = folder / WEIGHTS_FILE
+        if not weights_file.exists():
+            raise UserError(
+                f"{folder} has no {WEIGHTS_FILE}; other weight formats are not loaded because they can run code."
+            )
+        config.inference_mode = not trainable
+        config.lora_dropout = 0.0
+        self._add(name, config, trainable)
+        assert self._peft is not None
+        try:
+            result = set_peft_model_state_dict(self._peft, load_file(weights_file), adapter_name=name)
+        except RuntimeError as error:
+            raise UserError(
+                f"the adapter {folder} does not fit the base model {self.model.name_or_path}: its shapes differ."
+            ) from error
+        if result.unexpected_keys:
+            raise UserError(
+                f"the adapter {folder} does not fit the base model {self.model.name_or_path}: "
+                f"it has weights for {result.unexpected_keys[0]}."
+            )
+
+    def copy(self, source: str, name: str, trainable: bool) -> None:
+        """Add an adapter with the shape and the weights of another."""
+        assert self._peft is not None
+        self._add(name, copy.deepcopy(self._peft.peft_config[source]), trainable)
+        set_peft_model_state_dict(
+            self._peft, get_peft_model_state_dict(self._peft, adapter_name=source), adapter_name=name
+        )
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write one adapter as a PEFT folder."""
+        assert self._peft is not None
+        config = self._peft.peft_config[name]
+        inference_mode, config.inference_mode = config.inference_mode, True
+        config.base_model_name_or_path = self.model.name_or_path
+        config.save_pretrained(str(folder))
+        config.inference_mode = inference_mode
+        weights = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, folder / WEIGHTS_FILE)
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The weights of one adapter."""
+        return [
+            parameter
+            for layer in self._layers
+            for attribute in layer.adapter_layer_names
+            for key, module in getattr(layer, attribute).items()
+            if key == name
+            for parameter in module.parameters()
+        ]
+
+    @contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        """Within it, the base model computes with this adapter, or with none; gradients of all adapters stay on."""
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in self._layers]
+        for layer in self._layers:
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+        try:
+            yield
+        finally:
+            for layer, (active, disabled) in zip(self._layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def _add(self, name: str, config: PeftConfig, trainable: bool) -> None:
+        trained = {existing for existing in self.names if any(p.requires_grad for p in self.parameters(existing))}
+        if self._peft is None:
+            self._peft = PeftModel(self.model, config, adapter_name=name)
+        else:
+            self._peft.add_adapter(name, config)
+        self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        # Adding an adapter resets the gradients of the others; state them for all, so that order does not matter.
+        self.model.requires_grad_(False)
+        for existing in self.names:
+            for parameter in self.parameters(existing):
+                parameter.data = parameter.data.to(self.trained_dtype)
+                parameter.requires_grad_(trainable if existing == name else existing in trained)

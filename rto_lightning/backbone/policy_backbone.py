@@ -1,0 +1,339 @@
+"""One base model that plays every role of RLHF.
+
+In mode `adapters` there is one frozen copy of the base; policy, critic, dpo and reward are adapters on it and the
+reference is the base with the adapters off. In mode `full` each trained role has a copy of its own. Either way a
+caller names the role and the backbone sees to the weights. It knows nothing of losses.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from rto_lightning.backbone.adapters import WEIGHTS_FILE, AdapterBank
+from rto_lightning.backbone.chat import ChatTokenizer
+from rto_lightning.backbone.loading import base_fingerprint, load_causal_lm, load_chat_tokenizer_from
+from rto_lightning.backbone.logprobs import gather_logprobs
+from rto_lightning.backbone.roles import Role, RoleCard, role_folder
+from rto_lightning.backbone.sequences import Sequences
+from rto_lightning.backbone.settings import BackboneSettings
+from rto_lightning.errors import UserError
+
+HEAD_FILE = "head.safetensors"
+BASE = "base"
+
+
+class PolicyBackbone(nn.Module):
+    """The base model, the roles on it, and what can be asked of a role.
+
+    Args:
+        settings: which model, how its weights are held, and what is trained.
+        chat: the tokenizer of the base model.
+        device: where quantized weights are put; others are moved by the trainer.
+
+    Raises:
+        UserError: if settings contradict each other or the model cannot be loaded.
+    """
+
+    def __init__(self, settings: BackboneSettings, chat: ChatTokenizer, device: torch.device | None = None) -> None:
+        super().__init__()
+        if settings.quantization and settings.mode == "full":
+            raise UserError(
+                "quantization does not go with mode full because 4-bit weights are not trained; use mode adapters."
+            )
+        self.settings = settings
+        self.chat = chat
+        self.models = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+        self.roles: dict[str, Role] = {}
+        self.cards: dict[str, RoleCard] = {}
+        self._device = device
+        self._adapters: AdapterBank | None = None
+        self._fingerprint: str | None = None
+
+    @property
+    def adapters(self) -> AdapterBank:
+        """The adapters on the base model, which is loaded when it is first needed."""
+        if self._adapters is None:
+            base = self._load_model(
+                self.settings.model, self.settings.frozen_dtype, self.settings.quantization is not None
+            )
+            self.models[BASE] = base
+            self._adapters = AdapterBank(base, self.settings.trained_dtype)
+        return self._adapters
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells base models apart; see :func:`base_fingerprint`."""
+        if self._fingerprint is None:
+            _ = self.adapters
+        assert self._fingerprint is not None
+        return self._fingerprint
+
+    # Roles -----------------------------------------------------------------------------------------------------
+
+    def add_role(
+        self, name: str, source: str | None = None, trainable: bool = False, scalar_head: bool = False
+    ) -> None:
+        """Add a role from a saved role, an outside model, or the base model.
+
+        Args:
+            name: the role; any name that is not taken.
+            source: folder of a saved role or adapter, or folder or hub name of a model with the same vocabulary. None
+                starts from the base model: the base itself if frozen, else a fresh adapter or a copy of it.
+            trainable: whether its weights receive gradients.
+            scalar_head: read it through a scalar head (reward, critic), which is loaded with the role if it was saved
+                with one and starts as zeros otherwise.
+
+        Raises:
+            MissingInputError: if the source does not exist.
+            UserError: if the role belongs to another base or another vocabulary.
+        """
+        if name in self.roles:
+            raise ValueError(f"the role {name} is there already")
+        folder = role_folder(source, name) if source is not None else None
+        card = RoleCard.read(folder) if folder is not None else None
+        if card is not None:
+            self._check_fits(card, source or "", name)
+            self.cards[name] = card
+        if folder is not None and (folder / "adapter_config.json").exists():
+            if self.settings.mode == "full" and trainable:
+                raise UserError(f"{source} is an adapter, which mode full cannot train; use mode adapters.")
+            self.adapters.load(name, folder, trainable)
+            self.roles[name] = Role(name, BASE, name, trainable)
+        elif source is not None or (trainable and self.settings.mode == "full"):
+            self._add_model(name, source, trainable)
+            self.roles[name] = Role(name, name, None, trainable)
+        else:
+            self._add_on_base(name, trainable)
+        if scalar_head:
+            self._add_head(name, folder, trainable)
+
+    def copy_role(self, source: str, name: str, trainable: bool, scalar_head: bool = False) -> None:
+        """Add a role that starts with the weights of another one, head included if both have one."""
+        original = self.roles[source]
+        if original.adapter is not None and original.model == BASE:
+            self.adapters.copy(original.adapter, name, trainable)
+            self.roles[name] = Role(name, BASE, name, trainable)
+        elif original.model == BASE and (self.settings.mode == "adapters" or not trainable):
+            self._add_on_base(name, trainable)
+        else:
+            model = copy.deepcopy(self.models[original.model])
+            self.models[name] = model.to(self.settings.trained_dtype if trainable else self.settings.frozen_dtype)
+            self.models[name].requires_grad_(trainable)
+            self.roles[name] = Role(name, name, None, trainable)
+        if scalar_head:
+            self._add_head(name, None, trainable)
+            if source in self.heads:
+                self.heads[name].load_state_dict(self.heads[source].state_dict())
+
+    def trained_parameters(self, name: str) -> list[nn.Parameter]:
+        """The weights of a role that receive gradients: its adapter or its model, and its head."""
+        role = self.roles[name]
+        if not role.trainable:
+            return []
+        body = self.adapters.parameters(role.adapter) if role.adapter else list(self.models[role.model].parameters())
+        head = list(self.heads[name].parameters()) if name in self.heads else []
+        return [*body, *head]
+
+    @contextmanager
+    def play(self, name: str) -> Iterator[PreTrainedModel]:
+        """Within it, the model computes as this role.
+
+        Run `backward` inside it too: gradient checkpointing computes activations again with the adapter that is
+        active at that time.
+        """
+        role = self.roles[name]
+        model = self.models[role.model]
+        if role.model != BASE:
+            yield model  # type: ignore[misc]
+            return
+        with self.adapters.active(role.adapter):
+            yield model  # type: ignore[misc]
+
+    # What can be asked of a role --------------------------------------------------------------------------------
+
+    def response_hidden(self, name: str, sequences: Sequences) -> Tensor:
+        """Hidden state before each response token, (B, T, H): what the token is predicted from."""
+        start = sequences.prompt_width - 1
+        return self._hidden(name, sequences.input_ids, sequences.attention_mask)[:, start:-1]
+
+    def token_logprobs(
+        self, name: str, sequences: Sequences, temperature: float = 1.0, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of each response token under a role.
+
+        The output layer is applied to valid response positions only, in chunks; see :func:`gather_logprobs`.
+
+        Returns:
+            Log-probabilities (B, T) in nats, 0 outside the response, and the entropy (B, T) of each distribution or None.
+        """
+        mask = sequences.response_mask
+        hidden = self.response_hidden(name, sequences)
+        with self.play(name) as model:
+            logprobs, entropy = gather_logprobs(
+                hidden[mask],
+                model.get_output_embeddings(),
+                sequences.response_ids[mask],
+                temperature,
+                self.settings.logprob_chunk_tokens,
+                with_entropy,
+            )
+        return _scatter(logprobs, mask), None if entropy is None else _scatter(entropy, mask)
+
+    def token_values(self, name: str, sequences: Sequences) -> Tensor:
+        """Value of the state before each response token, (B, T), 0 outside the response."""
+        values = self._read_head(name, self.response_hidden(name, sequences))
+        return torch.where(sequences.response_mask, values, torch.zeros_like(values))
+
+    def sequence_scores(self, name: str, sequences: Sequences) -> Tensor:
+        """Score of each prompt and response, (B,): the scalar head at the last response token."""
+        hidden = self._hidden(name, sequences.input_ids, sequences.attention_mask)
+        last = sequences.prompt_width + sequences.response_lengths - 1
+        return self._read_head(name, hidden[torch.arange(len(last), device=last.device), last])
+
+    @torch.no_grad()
+    def generate(
+        self, name: str, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig, **options: Any
+    ) -> Tensor:
+        """Continue left-padded prompts (B, P) with transformers' `generate`; returns prompts and responses (B, P+T)."""
+        with self.play(name) as model:
+            # Gradient checkpointing of a model in training mode would switch the key-value cache off.
+            training = model.training
+            model.eval()
+            try:
+                tokens: Tensor = model.generate(
+                    input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **options
+                )
+                return tokens
+            finally:
+                model.train(training)
+
+    @torch.no_grad()
+    def rescale_head(self, name: str, mean: float, std: float) -> None:
+        """Change the head so that it gives (score - mean) / std."""
+        head = self.heads[name]
+        head.bias.sub_(mean).div_(std)  # type: ignore[operator, union-attr]
+        head.weight.div_(std)  # type: ignore[operator, union-attr]
+
+    # Saving -----------------------------------------------------------------------------------------------------
+
+    def save_role(self, name: str, folder: Path, card: RoleCard) -> None:
+        """Write a role as a PEFT folder (adapter) or Hugging Face folder (model), with tokenizer and `role.json`.
+
+        Raises:
+            UserError: if the folder exists and is not empty.
+        """
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} exists already; remove it or choose another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        role = self.roles[name]
+        if role.adapter is not None:
+            self.adapters.save(role.adapter, folder)
+        else:
+            model = self.models[role.model]
+            neutral = model.generation_config
+            model.generation_config = GenerationConfig(
+                eos_token_id=list(self.chat.stop_ids),
+                pad_token_id=self.chat.pad_id,
+                bos_token_id=self.chat.tokenizer.bos_token_id,
+            )
+            model.save_pretrained(folder)  # type: ignore[operator]
+            model.generation_config = neutral
+        self.chat.tokenizer.save_pretrained(folder)
+        if name in self.heads:
+            save_file({key: value.cpu() for key, value in self.heads[name].state_dict().items()}, folder / HEAD_FILE)
+        card.write(folder)
+
+    def card(self, name: str, role: str, settings: dict[str, Any]) -> RoleCard:
+        """The card that says what a role of this backbone was trained on."""
+        return RoleCard(
+            role=role,
+            kind="model" if self.roles[name].adapter is None else "adapter",
+            base_model=self.settings.model,
+            base_revision=self.settings.revision,
+            base_fingerprint=self.fingerprint,
+            vocabulary_fingerprint=self.chat.fingerprint,
+            settings=settings,
+        )
+
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    def _hidden(self, name: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        with self.play(name) as model:
+            output = model.get_decoder()(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+            )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _read_head(self, name: str, hidden: Tensor) -> Tensor:
+        head = self.heads[name]
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores: Tensor = head(hidden.to(head.weight.dtype)).squeeze(-1)  # type: ignore[arg-type]
+        return scores
+
+    def _add_on_base(self, name: str, trainable: bool) -> None:
+        bank = self.adapters
+        if trainable:
+            bank.add(name, self.settings.lora, trainable=True)
+        self.roles[name] = Role(name, BASE, name if trainable else None, trainable)
+
+    def _load_model(self, source: str, dtype: torch.dtype, quantized: bool = False) -> PreTrainedModel:
+        model = load_causal_lm(source, self.settings, dtype, quantized, self._device)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if rows < len(self.chat.tokenizer):
+            raise UserError(
+                f"the tokenizer of {source} has {len(self.chat.tokenizer)} tokens but its model embeds only {rows}; "
+                "use the tokenizer that belongs to the model."
+            )
+        if source == self.settings.model and self._fingerprint is None:
+            self._fingerprint = base_fingerprint(model)
+        return model
+
+    def _add_head(self, name: str, folder: Path | None, trainable: bool) -> None:
+        model = self.models[self.roles[name].model]
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        head = nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=self.settings.trained_dtype)  # type: ignore[union-attr, operator]
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        if folder is not None and (folder / HEAD_FILE).exists():
+            head.load_state_dict(load_file(folder / HEAD_FILE))
+        self.heads[name] = head.requires_grad_(trainable).to(embedding.device)
+
+    def _add_model(self, name: str, source: str | None, trainable: bool) -> None:
+        dtype = self.settings.trained_dtype if trainable else self.settings.frozen_dtype
+        if source is not None:
+            chat = load_chat_tokenizer_from(
+                source, None, self.settings.chat_template or "plain", self.settings.trust_remote_code
+            )
+            if chat.fingerprint != self.chat.fingerprint:
+                raise UserError(
+                    f"the {name} role {source} has another vocabulary than the base model {self.settings.model}; "
+                    "token rewards and log-probabilities need the same one."
+                )
+        self.models[name] = self._load_model(source or self.settings.model, dtype).requires_grad_(trainable)
+
+    def _check_fits(self, card: RoleCard, source: str, name: str) -> None:
+        if card.vocabulary_fingerprint != self.chat.fingerprint:
+            raise UserError(
+                f"the {name} role {source} was trained on {card.base_model}, whose vocabulary differs from that of "
+                f"{self.settings.model}; set model.backbone.model to {card.base_model} or train the role again."
+            )
+        if card.kind == "adapter" and card.base_fingerprint != self.fingerprint:
+            raise UserError(
+                f"the {name} role {source} is an adapter on {card.base_model}, but this run's base model is "
+                f"{self.settings.model}, whose weights differ; set model.backbone.model to {card.base_model} or train the role again."
+            )
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Put the values of valid positions (N,) back to (B, T), zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

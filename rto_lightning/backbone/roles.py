@@ -1,0 +1,96 @@
+"""What a role is, and the small JSON file that travels with a saved one."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rto_lightning.errors import MissingInputError, UserError
+
+ROLE_FILE = "role.json"
+FORMAT = 1
+STAGE_OF_ROLE = {"policy": "sft", "dpo": "dpo", "reward": "reward_model"}
+
+
+@dataclass(frozen=True)
+class Role:
+    """How one role is played: which model, with which adapter, read through which head."""
+
+    name: str
+    """`policy`, `reference`, `dpo`, `dpo_reference`, `reward` or `critic`."""
+    model: str
+    """Key of the model in the backbone: `base`, or the role's own name for a model of its own."""
+    adapter: str | None
+    """Name of the adapter on that model; None computes without one."""
+    trainable: bool
+    """Whether its own weights receive gradients."""
+
+
+@dataclass
+class RoleCard:
+    """The contents of `role.json`: where a saved role comes from and what it can be used with."""
+
+    role: str
+    """What the weights were trained to be: `policy`, `dpo`, `reward` or `critic`."""
+    kind: str
+    """`adapter` (a PEFT folder on a base) or `model` (a Hugging Face folder of its own)."""
+    base_model: str
+    """Hub name or folder of the base model of the run that trained it."""
+    base_revision: str | None
+    """Revision of the base model on the hub."""
+    base_fingerprint: str
+    """Tells base models apart, whatever their folder is called."""
+    vocabulary_fingerprint: str
+    """Tells vocabularies apart."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the role was trained with and a reader needs, such as `beta` and `loss` of DPO."""
+    score_mean: float | None = None
+    """Mean score of answers of the reference policy (reward roles)."""
+    score_std: float | None = None
+    """Standard deviation of those scores (reward roles)."""
+    format: int = FORMAT
+    """Version of this file."""
+
+    def write(self, folder: Path) -> None:
+        """Write `role.json` into the folder."""
+        (folder / ROLE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "RoleCard | None":
+        """The card of a saved role, or None for a folder that has no `role.json`.
+
+        Raises:
+            UserError: if the file is damaged or was written by a newer version.
+        """
+        path = folder / ROLE_FILE
+        if not path.exists():
+            return None
+        try:
+            contents = json.loads(path.read_text(encoding="utf-8"))
+            if contents.get("format") != FORMAT:
+                raise UserError(
+                    f"{path} has format {contents.get('format')}, this version reads {FORMAT}; update rto-lightning."
+                )
+            return cls(**contents)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); save the role again.") from error
+
+
+def looks_like_hub_name(source: str) -> bool:
+    """Whether `source` reads as owner/name, and the owner is not a folder here."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).parent.exists()
+
+
+def role_folder(source: str, role: str) -> Path | None:
+    """The local folder of a saved role, or None if `source` looks like a hub name.
+
+    Raises:
+        MissingInputError: if `source` is a path of which nothing exists; names the stage that makes it.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if looks_like_hub_name(source):
+        return None
+    stage = STAGE_OF_ROLE.get(role, "sft")
+    raise MissingInputError(f"the {role} role {source} does not exist; the {stage} stage makes it.", stage=stage)
