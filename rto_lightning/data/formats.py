@@ -1,0 +1,283 @@
+"""What the columns of a data set mean: tables to conversations with their answers.
+
+A format is recognised by its columns, and within a column by the value: text or a list of messages.
+
+| read as | columns |
+|---|---|
+| preferences | `prompt` (text or messages), `chosen`, `rejected` (text or messages) |
+| | `chosen`, `rejected` with the prompt inside: messages, or transcripts like Anthropic's HH |
+| prompts | `context_messages`, `prompt`, `messages`, or preferences |
+| demonstrations | `prompt` with `response` or `completion`, `messages`, or preferences (their `chosen`) |
+
+In UltraFeedback both hold: `prompt` is a text and `chosen` repeats it; the messages win, they may have more
+turns.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from rto_lightning.backbone.chat import Message
+from rto_lightning.data.sources import Row, Table
+from rto_lightning.errors import UserError
+
+BadRowsSetting = Literal["error", "skip"]
+ROLES = ("system", "user", "assistant", "tool")
+
+_log = logging.getLogger(__name__)
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for an answer."""
+
+    prompt: list[Message]
+    """The turns so far. The last one is not the assistant's."""
+
+
+@dataclass(frozen=True)
+class Preference(Prompt):
+    """A prompt with two answers, one of which was preferred."""
+
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Demonstration(Prompt):
+    """A prompt with the answer to imitate."""
+
+    response: str
+
+
+Example = TypeVar("Example", bound=Prompt)
+
+
+class BadRow(ValueError):
+    """Why a row cannot be used; a clause without its row and file."""
+
+
+class BadRows:
+    """Raises at the first unusable row of a source, or counts them, as the setting `data.bad_rows` says."""
+
+    def __init__(self, name: str, setting: BadRowsSetting) -> None:
+        self.name = name
+        self.setting = setting
+        self.count = 0
+
+    def add(self, index: int, reason: str) -> None:
+        """Takes note of row `index` (from 0).
+
+        Raises:
+            UserError: If bad rows are errors.
+        """
+        if self.setting == "error":
+            raise UserError(f"Row {index + 1} of {self.name}: {reason}; correct it, or set data.bad_rows to `skip`.")
+        self.count += 1
+
+    def log(self) -> None:
+        """Says how many rows were skipped, if any."""
+        if self.count:
+            warn(f"{self.name}: skipped {self.count} bad rows.")
+
+
+@rank_zero_only
+def warn(message: str) -> None:
+    """One line about the data, from one process."""
+    _log.warning(message)
+
+
+def read_preferences(table: Table, bad_rows: BadRows) -> list[tuple[int, Preference]]:
+    """The usable rows of a preference data set, each with its index in the table.
+
+    Raises:
+        UserError: If the columns are none of a preference data set, or a row is bad and bad rows are errors.
+    """
+    if not _has(table, "chosen", "rejected"):
+        raise _missing(table, "`chosen` and `rejected`, with `prompt` or with the prompt inside them")
+    return _read_rows(table, _preference, bad_rows)
+
+
+def read_prompts(table: Table, bad_rows: BadRows) -> list[tuple[int, Prompt]]:
+    """The prompts of the usable rows, each with its index in the table.
+
+    Raises:
+        UserError: If there is no column with prompts, or a row is bad and bad rows are errors.
+    """
+    read: Callable[[Row], Prompt]
+    if _has(table, "context_messages"):
+        read = _prompt_from_context
+    elif _has(table, "chosen"):
+        read = _prompt_of_preference
+    elif _has(table, "prompt"):
+        read = _prompt
+    elif _has(table, "messages"):
+        read = _prompt_of_messages
+    else:
+        raise _missing(table, "one of `prompt`, `messages`, `context_messages` and `chosen`")
+    return _read_rows(table, read, bad_rows)
+
+
+def read_demonstrations(table: Table, bad_rows: BadRows) -> list[tuple[int, Demonstration]]:
+    """The usable rows of a data set of demonstrations, each with its index in the table.
+
+    Raises:
+        UserError: If the columns are none of such a data set, or a row is bad and bad rows are errors.
+    """
+    for columns in (("prompt", "response"), ("prompt", "completion"), ("messages",), ("chosen",)):
+        if _has(table, *columns):
+            return _read_rows(table, partial(_demonstration, column=columns[-1]), bad_rows)
+    raise _missing(table, "`prompt` with `response` or `completion`, or `messages`, or `chosen`")
+
+
+def _has(table: Table, *columns: str) -> bool:
+    return set(columns) <= set(table.columns)
+
+
+def _missing(table: Table, expected: str) -> UserError:
+    found = ", ".join(f"`{column}`" for column in table.columns)
+    return UserError(f"{table.name} has the columns {found}, but needs {expected}; rename or add columns.")
+
+
+def _read_rows(table: Table, read: Callable[[Row], Example], bad_rows: BadRows) -> list[tuple[int, Example]]:
+    examples = []
+    for index, row in enumerate(table.rows):
+        try:
+            examples.append((index, read(row)))
+        except BadRow as reason:
+            bad_rows.add(index, str(reason))
+    return examples
+
+
+# One row.
+
+
+def _preference(row: Row) -> Preference:
+    prompt, chosen = _answered(row, "chosen")
+    other_prompt, rejected = _answered(row, "rejected")
+    if prompt != other_prompt:
+        raise BadRow("`chosen` and `rejected` answer different prompts")
+    return Preference(prompt, chosen, rejected)
+
+
+def _demonstration(row: Row, column: str) -> Demonstration:
+    return Demonstration(*_answered(row, column))
+
+
+def _prompt_from_context(row: Row) -> Prompt:
+    return Prompt(_ending_in_a_question(_messages(row, "context_messages"), "context_messages"))
+
+
+def _prompt_of_preference(row: Row) -> Prompt:
+    return Prompt(_answered(row, "chosen")[0])
+
+
+def _prompt(row: Row) -> Prompt:
+    return Prompt(_question(row))
+
+
+def _prompt_of_messages(row: Row) -> Prompt:
+    messages = _messages(row, "messages")
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return Prompt(_ending_in_a_question(messages, "messages"))
+
+
+def _answered(row: Row, column: str) -> tuple[list[Message], str]:
+    """The prompt of a row and the answer to it in a column, which may hold the prompt too."""
+    value = row.get(column)
+    if isinstance(value, list):
+        *context, last = _messages(row, column)
+        if last["role"] != "assistant":
+            raise BadRow(f"the last message of `{column}` is not the assistant's")
+        prompt, answer = _joined(row, context, column), last["content"]
+    elif not isinstance(value, str):
+        raise BadRow(f"`{column}` is neither text nor a list of messages")
+    elif row.get("prompt") is not None:
+        prompt, answer = _question(row), value
+        if _is_transcript(row["prompt"]):
+            answer = answer.strip()
+    elif _is_transcript(value):
+        *context, last = _transcript(value, column)
+        if last["role"] != "assistant":
+            raise BadRow(f"the last turn of `{column}` is not the assistant's")
+        prompt, answer = _ending_in_a_question(context, column), last["content"]
+    else:
+        raise BadRow(f"`prompt` is missing and `{column}` is no transcript that holds it")
+    if not answer.strip():
+        raise BadRow(f"the answer in `{column}` is empty")
+    return prompt, answer
+
+
+def _joined(row: Row, context: list[Message], column: str) -> list[Message]:
+    """The prompt of a row whose answer is the end of a list of messages, which `context` precede."""
+    given = row.get("prompt")
+    if not context:
+        return _question(row)
+    if isinstance(given, list):
+        question = _messages(row, "prompt")
+        if context[: len(question)] != question:
+            context = question + context
+    return _ending_in_a_question(context, column)
+
+
+def _question(row: Row) -> list[Message]:
+    """The prompt of the column `prompt`."""
+    value = row.get("prompt")
+    if isinstance(value, list):
+        return _ending_in_a_question(_messages(row, "prompt"), "prompt")
+    if not isinstance(value, str):
+        raise BadRow("`prompt` is neither text nor a list of messages")
+    if _is_transcript(value):
+        messages = _transcript(value, "prompt")
+        if messages[-1] == {"role": "assistant", "content": ""}:  # ends with "\n\nAssistant:"
+            messages = messages[:-1]
+        return _ending_in_a_question(messages, "prompt")
+    return _ending_in_a_question([{"role": "user", "content": value}], "prompt")
+
+
+def _ending_in_a_question(messages: list[Message], column: str) -> list[Message]:
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise BadRow(f"the prompt in `{column}` does not end with a message of the user")
+    if not messages[-1]["content"].strip():
+        raise BadRow(f"the prompt in `{column}` is empty")
+    return messages
+
+
+def _messages(row: Row, column: str) -> list[Message]:
+    """A column's messages, with nothing but role and content."""
+    value = row.get(column)
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"`{column}` is not a list of messages")
+    return [_message(message, column) for message in value]
+
+
+def _message(message: Any, column: str) -> Message:
+    if not isinstance(message, dict):
+        raise BadRow(f"a message of `{column}` is not an object with `role` and `content`")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise BadRow(f"a message of `{column}` has no `role` and `content` of text")
+    if role not in ROLES:
+        raise BadRow(f"a message of `{column}` has the role {role!r}, which is none of {', '.join(ROLES)}")
+    return {"role": role, "content": content}
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("\n\nHuman:")
+
+
+def _transcript(text: str, column: str) -> list[Message]:
+    r"""Turns of a text like "\n\nHuman: Hi\n\nAssistant: Hello" (Anthropic's HH)."""
+    _, *parts = _TURN.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        _message({"role": roles[speaker], "content": content.strip()}, column)
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    ]

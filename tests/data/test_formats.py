@@ -1,0 +1,240 @@
+import pytest
+
+from rto_lightning.data.formats import (
+    BadRows,
+    Demonstration,
+    Preference,
+    read_demonstrations,
+    read_preferences,
+    read_prompts,
+)
+from rto_lightning.data.sources import Table
+from rto_lightning.errors import UserError
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+HI = [user("Hi")]
+TURNS = [SYSTEM, user("Hi"), assistant("Hello"), user("More")]
+
+
+def read(reader, *rows, bad_rows="error"):
+    table = Table("rows.jsonl", list(dict.fromkeys(key for row in rows for key in row)), list(rows))
+    return reader(table, BadRows(table.name, bad_rows))
+
+
+def one(reader, row):
+    [(index, example)] = read(reader, row)
+    assert index == 0
+    return example
+
+
+PREFERENCES = {
+    "texts": ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, HI),
+    "messages as prompt": ({"prompt": TURNS, "chosen": "a", "rejected": "b"}, TURNS),
+    "messages as answers": ({"prompt": HI, "chosen": [assistant("a")], "rejected": [assistant("b")]}, HI),
+    "text and messages": ({"prompt": "Hi", "chosen": [assistant("a")], "rejected": [assistant("b")]}, HI),
+    "ultrafeedback_binarized": (
+        {
+            "prompt": "Hi",
+            "prompt_id": "f0",
+            "chosen": [user("Hi"), assistant("a")],
+            "rejected": [user("Hi"), assistant("b")],
+            "messages": [user("Hi"), assistant("a")],
+            "score_chosen": 8.0,
+            "score_rejected": 2.0,
+        },
+        HI,
+    ),
+    "messages that hold the prompt": (
+        {"chosen": [*TURNS, assistant("a")], "rejected": [*TURNS, assistant("b")]},
+        TURNS,
+    ),
+    "the prompt twice": (
+        {"prompt": TURNS, "chosen": [*TURNS, assistant("a")], "rejected": [*TURNS, assistant("b")]},
+        TURNS,
+    ),
+    "a prompt that goes on in the answers": (
+        {
+            "prompt": TURNS[:2],
+            "chosen": [*TURNS[2:], assistant("a")],
+            "rejected": [*TURNS[2:], assistant("b")],
+        },
+        TURNS,
+    ),
+    "Anthropic-HH": (
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: More\n\nAssistant: a",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: More\n\nAssistant: b",
+        },
+        TURNS[1:],
+    ),
+    "HH with its prompt apart": (
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a", "rejected": " b"},
+        HI,
+    ),
+    "unknown keys in messages": (
+        {"prompt": [{"name": "Ann", **user("Hi")}], "chosen": "a", "rejected": "b"},
+        HI,
+    ),
+}
+
+
+@pytest.mark.parametrize("row, prompt", PREFERENCES.values(), ids=PREFERENCES)
+class TestPreferenceFormats:
+    def test_as_preferences(self, row, prompt):
+        assert one(read_preferences, row) == Preference(prompt, "a", "b")
+
+    def test_as_prompts(self, row, prompt):
+        assert one(read_prompts, row).prompt == prompt
+
+    def test_as_demonstrations(self, row, prompt):
+        assert one(read_demonstrations, row) == Demonstration(prompt, "a")
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ({"prompt": "Hi"}, HI),
+        ({"prompt": TURNS}, TURNS),
+        ({"prompt": "Hi", "messages": TURNS}, HI),
+        ({"messages": TURNS}, TURNS),
+        ({"messages": [*TURNS, assistant("a")]}, TURNS),
+        ({"prompt": "More", "context_messages": TURNS}, TURNS),
+        ({"prompt": "Hi", "response": "a"}, HI),
+    ],
+)
+def test_prompts(row, prompt):
+    assert one(read_prompts, row).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ({"prompt": "Hi", "response": "a"}, HI),
+        ({"prompt": TURNS, "response": "a"}, TURNS),
+        ({"prompt": "Hi", "completion": "a"}, HI),
+        ({"prompt": HI, "completion": [assistant("a")]}, HI),
+        ({"messages": [*TURNS, assistant("a")]}, TURNS),
+        ({"prompt": "Hi", "prompt_id": "0", "messages": [*TURNS, assistant("a")]}, TURNS),
+    ],
+)
+def test_demonstrations(row, prompt):
+    assert one(read_demonstrations, row) == Demonstration(prompt, "a")
+
+
+def test_an_answers_spaces_are_kept():
+    assert one(read_preferences, {"prompt": "Hi", "chosen": " a\n", "rejected": "b"}).chosen == " a\n"
+
+
+@pytest.mark.parametrize(
+    "reader, expected",
+    [
+        (read_preferences, "`chosen` and `rejected`, with `prompt` or with the prompt inside them"),
+        (read_prompts, "one of `prompt`, `messages`, `context_messages` and `chosen`"),
+        (read_demonstrations, "`prompt` with `response` or `completion`, or `messages`, or `chosen`"),
+    ],
+)
+def test_a_missing_column_names_what_is_there_and_what_is_needed(reader, expected):
+    with pytest.raises(UserError) as error:
+        read(reader, {"question": "Hi", "answer": "a"})
+    assert str(error.value) == (
+        f"rows.jsonl has the columns `question`, `answer`, but needs {expected}; rename or add columns."
+    )
+
+
+BAD = {
+    "empty answer": (
+        read_preferences,
+        {"prompt": "Hi", "chosen": " \n", "rejected": "b"},
+        "the answer in `chosen` is empty",
+    ),
+    "empty prompt": (
+        read_preferences,
+        {"prompt": " ", "chosen": "a", "rejected": "b"},
+        "the prompt in `prompt` is empty",
+    ),
+    "no answer": (
+        read_preferences,
+        {"prompt": "Hi", "chosen": "a", "rejected": None},
+        "`rejected` is neither text nor a list",
+    ),
+    "no prompt": (
+        read_preferences,
+        {"chosen": "a", "rejected": "b"},
+        "`prompt` is missing and `chosen` is no transcript",
+    ),
+    "two prompts": (
+        read_preferences,
+        {"chosen": [*HI, assistant("a")], "rejected": [user("Ho"), assistant("b")]},
+        "`chosen` and `rejected` answer different prompts",
+    ),
+    "answer by the user": (
+        read_preferences,
+        {"chosen": HI, "rejected": HI},
+        "the last message of `chosen` is not the assistant's",
+    ),
+    "transcript that ends with a question": (
+        read_preferences,
+        {"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi\n\nAssistant: b"},
+        "the last turn of `chosen` is not the assistant's",
+    ),
+    "empty list": (
+        read_preferences,
+        {"prompt": "Hi", "chosen": [], "rejected": "b"},
+        "`chosen` is not a list of messages",
+    ),
+    "message without content": (
+        read_prompts,
+        {"messages": [{"role": "user"}]},
+        "no `role` and `content` of text",
+    ),
+    "message that is text": (read_prompts, {"messages": ["Hi"]}, "a message of `messages` is not an object"),
+    "unknown role": (
+        read_prompts,
+        {"messages": [{"role": "human", "content": "Hi"}]},
+        "has the role 'human', which is none",
+    ),
+    "nobody asks": (read_prompts, {"messages": [SYSTEM]}, "does not end with a message of the user"),
+    "an answer for a prompt": (
+        read_prompts,
+        {"prompt": [*HI, assistant("a")]},
+        "does not end with a message of the user",
+    ),
+    "a number for a prompt": (read_prompts, {"prompt": 3}, "`prompt` is neither text nor a list of messages"),
+    "a question for a demonstration": (
+        read_demonstrations,
+        {"messages": TURNS},
+        "the last message of `messages` is not",
+    ),
+}
+
+
+@pytest.mark.parametrize("reader, row, reason", BAD.values(), ids=BAD)
+def test_a_bad_row_is_named_or_skipped(reader, row, reason):
+    if reader is read_preferences:
+        good = {"chosen": [*HI, assistant("a")], "rejected": [*HI, assistant("b")]}
+    else:
+        good = {"messages": [*HI, assistant("a")]} if "messages" in row else {"prompt": "Hi"}
+    with pytest.raises(UserError) as error:
+        read(reader, good, row)
+    assert str(error.value).startswith("Row 2 of rows.jsonl: ")
+    assert reason in str(error.value)
+    assert str(error.value).endswith("; correct it, or set data.bad_rows to `skip`.")
+    assert [index for index, _ in read(reader, row, good, bad_rows="skip")] == [1]
+
+
+def test_skipped_rows_are_counted_in_one_line(caplog):
+    bad_rows = BadRows("rows.jsonl", "skip")
+    bad_rows.log()
+    assert caplog.messages == []
+    read_prompts(Table("rows.jsonl", ["prompt"], [{"prompt": ""}, {"prompt": "Hi"}, {"prompt": None}]), bad_rows)
+    bad_rows.log()
+    assert caplog.messages == ["rows.jsonl: skipped 2 bad rows."]

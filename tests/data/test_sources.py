@@ -1,0 +1,154 @@
+import csv
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rto_lightning.data.sources import load_table
+from rto_lightning.errors import UserError
+
+ROWS = [{"prompt": "Hi", "chosen": "Hello\nyou"}, {"prompt": "é", "chosen": "42"}]
+
+
+def write(path, rows=ROWS):
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "json", "csv", "parquet"])
+def test_files(tmp_path, extension):
+    source = write(tmp_path / f"rows.{extension}")
+    table = load_table(source)
+    assert table.rows == ROWS
+    assert table.columns == ["prompt", "chosen"]
+    assert table.name == source
+    assert load_table(source, max_rows=1).rows == ROWS[:1]
+    assert load_table(source, max_rows=9).rows == ROWS
+
+
+def test_a_parquet_file_may_hold_message_lists(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "Hi"}]}]
+    assert load_table(write(tmp_path / "rows.parquet", rows)).rows == rows
+
+
+def test_columns_are_those_of_any_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n{"b": 2}\n')
+    assert load_table(str(path)).columns == ["a", "b"]
+
+
+class TestFolders:
+    @pytest.fixture
+    def data(self):
+        return datasets.Dataset.from_list(ROWS)
+
+    def test_one_data_set(self, tmp_path, data):
+        data.save_to_disk(tmp_path / "saved")
+        assert load_table(str(tmp_path / "saved"), max_rows=1).rows == ROWS[:1]
+        with pytest.raises(UserError, match="holds one data set without splits; leave out `:train`"):
+            load_table(f"{tmp_path / 'saved'}:train")
+
+    def test_splits(self, tmp_path, data):
+        saved = tmp_path / "saved"
+        datasets.DatasetDict(train=data, test=data.select([1])).save_to_disk(saved)
+        assert load_table(f"{saved}:test").rows == ROWS[1:]
+        with pytest.raises(UserError, match=r"has the splits train, test; write one as `.*saved:train`"):
+            load_table(str(saved))
+        with pytest.raises(UserError, match="has no split 'dev'; write one of train, test"):
+            load_table(f"{saved}:dev")
+
+    def test_the_only_split_needs_no_name(self, tmp_path, data):
+        datasets.DatasetDict(train=data).save_to_disk(tmp_path / "saved")
+        assert load_table(str(tmp_path / "saved")).rows == ROWS
+
+    def test_other_folders_are_refused(self, tmp_path):
+        with pytest.raises(UserError, match=r"a folder that datasets\.save_to_disk did not write"):
+            load_table(str(tmp_path))
+
+
+class TestHub:
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        calls = []
+
+        def load_dataset(name, **settings):
+            calls.append((name, settings))
+            if name == "org/none":
+                raise datasets.exceptions.DatasetNotFoundError("no such\n data set")
+            data = datasets.Dataset.from_list(ROWS)
+            return datasets.DatasetDict(a=data, b=data) if settings["split"] is None else data
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return calls
+
+    def test_a_name_with_a_split(self, calls):
+        assert load_table("org/pairs:train[:50%]", max_rows=1).rows == ROWS[:1]
+        assert calls == [("org/pairs", {"split": "train[:50%]"})]  # never trust_remote_code
+
+    def test_a_name_without_one_lists_the_splits(self, calls):
+        with pytest.raises(UserError, match=r"org/pairs has the splits a, b; write one as `org/pairs:a`\."):
+            load_table("org/pairs")
+
+    def test_a_failure_tells_name_and_reason(self, calls):
+        with pytest.raises(UserError, match=r"split 'x' of the data set .* \(no such data set\); correct the name\."):
+            load_table("org/none:x")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["nowhere.jsonl", "./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "a/b/c", "", "nowhere.csv:train"],
+)
+def test_a_missing_file_is_named(source):
+    with pytest.raises(UserError, match="There is no file or folder"):
+        load_table(source)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": \n',
+            r"Row 2 of .*a\.jsonl is not JSON \(.*\); write one JSON object a line\.",
+        ),
+        ("a.jsonl", "[1]\n", r"Row 1 of .*a\.jsonl is not a JSON object"),
+        (
+            "a.json",
+            '{"a": 1}\n{"a": 2}\n',
+            r"a\.json is not JSON \(.*\); name it \.jsonl if it has one object a line",
+        ),
+        ("a.json", '{"a": 1}', r"a\.json is not a JSON list of objects"),
+        ("a.json", "[1]", r"a\.json is not a JSON list of objects"),
+        ("a.parquet", "text", r"a\.parquet cannot be read \(.*\); check the file\."),
+        (
+            "a.txt",
+            "text",
+            r"a\.txt has the unknown extension '\.txt'; give a file with one of \.jsonl, \.json",
+        ),
+        ("a.jsonl", "", r"a\.jsonl has no rows"),
+        ("a.csv", "prompt,chosen\n", r"a\.csv has no rows"),
+        ("a.jsonl", b"\xff\xfe", r"a\.jsonl is not UTF-8 text"),
+    ],
+)
+def test_what_cannot_be_read_is_told(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        load_table(str(path))
+
+
+def test_a_file_has_no_splits(tmp_path):
+    with pytest.raises(UserError, match="is a file and has no splits; leave out `:train`"):
+        load_table(write(tmp_path / "rows.jsonl") + ":train")
