@@ -1,0 +1,17 @@
+"""Where the sentence-level score comes from: a reward role, an outside model, or a Python function."""
+
+from rto_lightning.rewards.build import make_reward_source, saved_reward_role, score_statistics
+from rto_lightning.rewards.function import FunctionReward
+from rto_lightning.rewards.outside_model import OutsideRewardModel
+from rto_lightning.rewards.role import RoleReward
+from rto_lightning.rewards.source import RewardSource
+
+__all__ = [
+    "FunctionReward",
+    "OutsideRewardModel",
+    "RewardSource",
+    "RoleReward",
+    "make_reward_source",
+    "saved_reward_role",
+    "score_statistics",
+]

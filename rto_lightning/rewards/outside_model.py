@@ -1,0 +1,56 @@
+"""Scores by a reward model with a tokenizer of its own."""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from rto_lightning.backbone import ChatTokenizer, Message, Sequences
+from rto_lightning.backbone.loading import load_chat_tokenizer_from
+from rto_lightning.errors import UserError
+from rto_lightning.rollout import Trajectory, response_texts
+
+
+class OutsideRewardModel(nn.Module):
+    """An `AutoModelForSequenceClassification` with one label; responses are decoded and encoded again for it.
+
+    Args:
+        model: hub name or local folder of the reward model.
+        policy_chat: turns the policy's tokens into text.
+        dtype: data type of the weights.
+        max_tokens: responses are cut to this many tokens of the reward model's own vocabulary.
+
+    Raises:
+        UserError: if the model cannot be loaded or gives more than one score.
+    """
+
+    def __init__(self, model: str, policy_chat: ChatTokenizer, dtype: torch.dtype, max_tokens: int = 2048) -> None:
+        super().__init__()
+        self.name = model
+        self.policy_chat = policy_chat
+        self.max_tokens = max_tokens
+        self.chat = load_chat_tokenizer_from(model)
+        try:
+            self.model = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the reward model {model} could not be loaded: {str(error).splitlines()[0]}") from error
+        if self.model.config.num_labels != 1:
+            raise UserError(
+                f"the reward model {model} has {self.model.config.num_labels} labels; one that gives a single score is needed."
+            )
+        # The model's own head chooses the position it was trained on, the last token that is not padding.
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = self.chat.pad_id
+        self.model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def score(self, prompts: list[list[Message]], trajectory: Trajectory) -> Tensor:
+        """See :meth:`RewardSource.score`."""
+        encoded_prompts = [self.chat.encode_prompt(messages) for messages in prompts]
+        responses = [
+            self.chat.encode_response(text, self.max_tokens) for text in response_texts(trajectory, self.policy_chat)
+        ]
+        joined = [prompt + response for prompt, response in zip(encoded_prompts, responses, strict=True)]
+        sequences = Sequences.from_lists([[] for _ in joined], joined, self.chat.pad_id).to(trajectory.truncated.device)
+        logits = self.model(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask).logits
+        scores: Tensor = logits.squeeze(-1).float()
+        return scores
