@@ -1,0 +1,10 @@
+"""The stages as LightningModules: SFT, preference (DPO), reward model, RTO. They order events; the maths is elsewhere."""
+
+from rto_lightning.modules.preference import PreferenceModule
+from rto_lightning.modules.reward_model import RewardModelModule
+from rto_lightning.modules.rto import RTOModule
+from rto_lightning.modules.schedules import CosineWithWarmup
+from rto_lightning.modules.sft import SFTModule
+from rto_lightning.modules.stage import StageModule
+
+__all__ = ["CosineWithWarmup", "PreferenceModule", "RTOModule", "RewardModelModule", "SFTModule", "StageModule"]

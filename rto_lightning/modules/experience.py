@@ -1,0 +1,58 @@
+"""What one RTO iteration knows of its trajectory."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rto_lightning.algorithms import RewardTerms, explained_variance, masked_mean, masked_sum
+from rto_lightning.rollout import Trajectory
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A trajectory with everything that was computed about it. All (B, T) fields are 0 outside the response."""
+
+    trajectory: Trajectory
+    """The prompts and responses."""
+    logprobs: Tensor
+    """Of the policy that sampled them, recomputed by the training forward, (B, T), nats."""
+    entropy: Tensor
+    """Of the policy before each token, (B, T), nats."""
+    kl: Tensor
+    """log(policy / reference) of each token, (B, T), nats."""
+    values: Tensor
+    """Of the critic before each token, (B, T), in units of the reward."""
+    scores: Tensor | None
+    """What the reward source said, in its own units, (B,); None without one."""
+    terms: RewardTerms
+    """The summands of the reward."""
+    advantages: Tensor
+    """As the policy loss uses them, whitened if so set, (B, T)."""
+    returns: Tensor
+    """Targets of the critic, (B, T)."""
+
+    @property
+    def mask(self) -> Tensor:
+        """True on response tokens, (B, T) bool."""
+        return self.trajectory.sequences.response_mask
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Means over responses (sums over their tokens where the quantity adds up), for the log."""
+        mask, lengths = self.mask, self.trajectory.sequences.response_lengths.float()
+        result = {
+            "reward/token": masked_sum(self.terms.token, mask, dim=1).mean(),
+            "reward/kl": masked_sum(self.terms.kl, mask, dim=1).mean(),
+            "reward/score": masked_sum(self.terms.score, mask, dim=1).mean(),
+            "reward/total": masked_sum(self.terms.total, mask, dim=1).mean(),
+            "kl": masked_sum(self.kl, mask, dim=1).mean(),
+            "entropy": masked_mean(self.entropy, mask),
+            "response/length": lengths.mean(),
+            "response/truncated": self.trajectory.truncated.float().mean(),
+            "value/mean": masked_mean(self.values, mask),
+            "value/error": masked_mean((self.values - self.returns).abs(), mask),
+            "value/explained_variance": explained_variance(self.values, self.returns, mask),
+        }
+        if self.scores is not None:
+            result["score"] = self.scores.mean()
+            result["score_std"] = self.scores.std(correction=0)
+        return result

@@ -1,0 +1,33 @@
+"""Time the phases of an iteration and show them on the progress bar."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch import Trainer
+
+
+class Phases:
+    """Seconds of each phase of the iteration at hand."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._samples_per_second: float | None = None
+
+    @contextmanager
+    def phase(self, name: str, trainer: Trainer) -> Iterator[None]:
+        """Time what happens within, and tell the progress bar if it has a place for it (`show_phase`)."""
+        bar = trainer.progress_bar_callback
+        if hasattr(bar, "show_phase"):
+            bar.show_phase(name, self._samples_per_second)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def finish(self, samples: int) -> dict[str, float]:
+        """Metrics of the iteration: seconds of each phase and of all, and samples a second."""
+        total = sum(self.seconds.values())
+        self._samples_per_second = samples / total
+        metrics = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
+        self.seconds = {}
+        return {**metrics, "seconds/iteration": total, "samples_per_second": self._samples_per_second}

@@ -1,0 +1,121 @@
+"""Stage 3: the reward model, one score for a whole answer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from rto_lightning.algorithms import bradley_terry_loss
+from rto_lightning.backbone import BackboneSettings
+from rto_lightning.data import PreferenceBatch
+from rto_lightning.modules.stage import StageModule
+from rto_lightning.rewards import score_statistics
+from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngine, sample_seeds
+
+
+@dataclass
+class ScoreStatisticsSettings:
+    """How mean and standard deviation of the scores are measured when training ends."""
+
+    samples: int = 256
+    """Answers of the reference policy to score; 0 measures nothing and leaves it to RTO."""
+    max_new_tokens: int = 256
+    """Length limit of those answers; take that of the RTO stage."""
+
+
+class RewardModelModule(StageModule):
+    """Bradley-Terry reward model: a scalar head at the last token, on an adapter (or copy) of the base model.
+
+    When training ends, answers of the reference policy are scored and the mean and standard deviation saved with the
+    role, so that RTO can normalise scores the same way in every run.
+
+    Args:
+        backbone: The base model and its adapters.
+        trained: Saved reward role to test or to train further.
+        score_statistics: How the normalisation is measured.
+        optimizer: Optimizer of the reward model.
+        lr_scheduler: Learning-rate schedule, stepped after each optimizer step.
+    """
+
+    trained_role = "reward"
+    saved_as = "reward"
+
+    def __init__(
+        self,
+        backbone: BackboneSettings,
+        trained: str | None = None,
+        score_statistics: ScoreStatisticsSettings = ScoreStatisticsSettings(),  # noqa: B008
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(backbone, trained, optimizer, lr_scheduler)
+        self.score_statistics = score_statistics
+        self.register_buffer("score_mean_std", torch.full((2,), torch.nan))
+        self.score_mean_std: Tensor
+
+    def add_roles(self) -> None:
+        """Add the reward role, with a scalar head."""
+        self.add_policy(scalar_head=True)
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Loss of one batch of pairs."""
+        return self._compare(batch, "train")
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Loss and accuracy on held-out pairs."""
+        self._compare(batch, "validation")
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Loss and accuracy on test pairs."""
+        self._compare(batch, "test")
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        """Measure mean and standard deviation of the scores on answers of the reference policy."""
+        wanted = self.score_statistics.samples
+        if wanted == 0:
+            return
+        if "reference" not in self.backbone.roles:
+            self.add_reference()
+        self.backbone.to(self.device)
+        engine = TransformersEngine(self.backbone, RolloutSettings(self.score_statistics.max_new_tokens))
+        scores: list[Tensor] = []
+        for batch in self.trainer.datamodule.train_dataloader():  # type: ignore[attr-defined]
+            scores.append(self._score_reference_answers(batch.to(self.device), engine))
+            if sum(map(len, scores)) >= wanted:
+                break
+        self.score_mean_std.copy_(score_statistics(torch.cat(scores)[:wanted], "the reward model"))
+
+    def save_role(self, folder: Any) -> None:
+        """As :meth:`StageModule.save_role`; the card also holds mean and standard deviation of the scores."""
+        card = self.backbone.card(self.trained_role, self.saved_as, self.role_settings())
+        if self.score_mean_std.isfinite().all():
+            card.score_mean, card.score_std = self.score_mean_std.tolist()
+        self.backbone.save_role(self.trained_role, folder, card)
+
+    def _score_reference_answers(self, batch: PreferenceBatch, engine: TransformersEngine) -> Tensor:
+        pairs, width = len(batch), batch.sequences.prompt_width
+        prompts = batch.sequences.rows(slice(0, pairs))
+        trajectory: Trajectory = engine.rollout(
+            "reference",
+            prompts.input_ids[:, :width],
+            prompts.attention_mask[:, :width],
+            sample_seeds(0, 0, batch.index),
+        )
+        return self.backbone.sequence_scores(self.trained_role, trajectory.sequences).float()
+
+    def _compare(self, batch: PreferenceBatch, split: str) -> Tensor:
+        chosen, rejected = self.backbone.sequence_scores(self.trained_role, batch.sequences).chunk(2)
+        loss = bradley_terry_loss(chosen, rejected).mean()
+        metrics = {
+            "loss": loss,
+            "accuracy": (chosen > rejected).float().mean() + 0.5 * (chosen == rejected).float().mean(),
+            "margin": (chosen - rejected).mean(),
+            "score_chosen": chosen.mean(),
+            "score_rejected": rejected.mean(),
+        }
+        for name, value in metrics.items():
+            self.log(f"{split}/{name}", value.detach(), prog_bar=name in {"loss", "accuracy"}, batch_size=len(batch))
+        return loss

@@ -1,0 +1,391 @@
+"""Stage 4: PPO on token rewards.
+
+One `training_step` is one PPO iteration: `rollout`, `score`, `update`. Each is a method of its own that can be called
+from a notebook. `global_step`, checkpoints, schedules and loggers count iterations: of all optimizer steps of an
+iteration only the last goes through Lightning's wrapper, which does the counting.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from rto_lightning.algorithms import (
+    adaptive_kl_coefficient,
+    compose_rewards,
+    generalized_advantages,
+    kl_estimate,
+    whiten,
+)
+from rto_lightning.backbone import BackboneSettings, Message, Sequences
+from rto_lightning.backbone.roles import role_folder
+from rto_lightning.data import PromptBatch
+from rto_lightning.errors import UserError
+from rto_lightning.modules.experience import Experience
+from rto_lightning.modules.phases import Phases
+from rto_lightning.modules.ppo_gradients import accumulate_policy_gradients, accumulate_value_gradients
+from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
+from rto_lightning.modules.stage import StageModule
+from rto_lightning.rewards import RewardSource, make_reward_source, saved_reward_role, score_statistics
+from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngine, response_texts, sample_seeds
+
+EVALUATION = -1
+"""Stands for the iteration in seeds of held-out rollouts, so that these are the same draws each time."""
+NORMALIZATION = -2
+"""The same for the rollouts of the reference on which scores are normalised."""
+
+
+class RTOModule(StageModule):
+    """Reinforced token optimization; with `rewards.beta_1: 0` it is PPO.
+
+    `validate` and `test` sample answers to held-out prompts and log every reward term without an update; `predict`
+    returns the answers.
+
+    Args:
+        backbone: The base model and its adapters; `backbone.init` is the SFT adapter that policy and reference start from.
+        trained: Saved policy role to test, to predict with, or to train further. The reference stays where it is.
+        dpo: Saved DPO role, or a model with the same vocabulary, that gives the token rewards.
+        dpo_reference: What the DPO role was trained against; null is the reference.
+        reward: Saved reward role, or folder or hub name of a sequence-classification model with one label.
+        reward_function: A Python function `module:function` in the place of the reward model, called as
+            `function(prompts, responses)`; returns a number for each response.
+        rollout: How responses are sampled.
+        rewards: The terms of the reward.
+        ppo: Advantages, losses and minibatches.
+        critic: Where the critic starts.
+        policy_optimizer: Optimizer of the policy.
+        critic_optimizer: Optimizer of the critic.
+        policy_scheduler: Learning-rate schedule of the policy, stepped once an iteration.
+        critic_scheduler: Learning-rate schedule of the critic, stepped once an iteration.
+        seed: Seed of the rollouts and of the order of minibatches.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneSettings,
+        trained: str | None = None,
+        dpo: str | None = None,
+        dpo_reference: str | None = None,
+        reward: str | None = None,
+        reward_function: str | None = None,
+        rollout: RolloutSettings = RolloutSettings(),  # noqa: B008
+        rewards: RewardSettings = RewardSettings(),  # noqa: B008
+        ppo: PPOSettings = PPOSettings(),  # noqa: B008
+        critic: CriticSettings = CriticSettings(),  # noqa: B008
+        policy_optimizer: OptimizerCallable = torch.optim.AdamW,
+        critic_optimizer: OptimizerCallable = torch.optim.AdamW,
+        policy_scheduler: LRSchedulerCallable | None = None,
+        critic_scheduler: LRSchedulerCallable | None = None,
+        seed: int = 1,
+    ) -> None:
+        super().__init__(backbone, trained, policy_optimizer, policy_scheduler)
+        self.automatic_optimization = False
+        self.dpo, self.dpo_reference = dpo, dpo_reference
+        self.reward, self.reward_function = reward, reward_function
+        self.rollout_settings, self.rewards, self.ppo, self.critic = rollout, rewards, ppo, critic
+        self.critic_optimizer, self.critic_scheduler = critic_optimizer, critic_scheduler
+        self.seed = seed
+        self.phases = Phases()
+        self.reward_source: RewardSource | None = None
+        self._schedulers: dict[str, LRScheduler | ReduceLROnPlateau] = {}
+        self.register_buffer("kl_coefficient", torch.tensor(rewards.beta_2, dtype=torch.float64))
+        self.register_buffer("score_mean_std", torch.full((2,), torch.nan))
+        self.kl_coefficient: Tensor
+        self.score_mean_std: Tensor
+        self._check_inputs()
+
+    # Roles -----------------------------------------------------------------------------------------------------
+
+    def add_roles(self) -> None:
+        """Add reference and policy, and of dpo, reward and critic those that the coefficients ask for."""
+        self.add_reference()
+        if self.settings.init is not None and self.trained is None:
+            self.backbone.copy_role("reference", "policy", trainable=True)
+        else:
+            self.add_policy()
+        if self.rewards.beta_1 != 0:
+            self.backbone.add_role("dpo", self.dpo)
+            if self.dpo_reference is not None:
+                self.backbone.add_role("dpo_reference", self.dpo_reference)
+        if self.rewards.beta_3 != 0:
+            source = make_reward_source(self.backbone, self.reward, self.reward_function)
+            if isinstance(source, nn.Module):
+                self.outside_reward_model = source  # registered, so that it moves to the device
+            self.reward_source = source
+        if self.critic.init == "reward":
+            self.backbone.copy_role("reward", "critic", trainable=True, scalar_head=True)
+        elif self.critic.init == "policy":
+            self.backbone.copy_role("reference", "critic", trainable=True, scalar_head=True)
+        else:
+            self.backbone.add_role("critic", self.critic.init, trainable=True, scalar_head=True)
+        self.engine = TransformersEngine(self.backbone, self.rollout_settings)
+        card = self.backbone.cards.get("reward")
+        if (
+            self.rewards.normalize_score
+            and card is not None
+            and card.score_mean is not None
+            and card.score_std is not None
+        ):
+            self._set_score_statistics(torch.tensor([card.score_mean, card.score_std]))
+
+    def setup(self, stage: str) -> None:
+        """As :meth:`StageModule.setup`; also refuses what one iteration cannot do.
+
+        Raises:
+            UserError: for several devices, or sampling at temperature 0 in training.
+        """
+        super().setup(stage)
+        if self.trainer.world_size > 1:
+            raise UserError("RTO runs on one device in this version; set trainer.devices to 1.")
+        if stage == "fit" and self.rollout_settings.temperature <= 0:
+            raise UserError("rollout.temperature is 0, which gives PPO nothing to learn from; set it above 0.")
+
+    def configure_optimizers(self) -> Any:
+        """Policy and critic, in this order, each with its own schedule."""
+        policy = self.optimizer(self.backbone.trained_parameters("policy"))
+        critic = self.critic_optimizer(self.backbone.trained_parameters("critic"))
+        self._schedulers = {
+            name: make(optimizer)
+            for name, make, optimizer in (
+                ("policy", self.lr_scheduler, policy),
+                ("critic", self.critic_scheduler, critic),
+            )
+            if make is not None
+        }
+        return [policy, critic], [{"scheduler": scheduler} for scheduler in self._schedulers.values()]
+
+    def on_fit_start(self) -> None:
+        """Measure score statistics on answers of the reference if the reward role brought none."""
+        if self.reward_source is not None and self.rewards.normalize_score and self.score_mean_std.isnan().any():
+            self._set_score_statistics(score_statistics(self._scores_of_reference(), self.reward_source.name))
+
+    # One iteration ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One PPO iteration."""
+        iteration = self.global_step
+        with self.phases.phase("rollout", self.trainer):
+            trajectory = self.rollout(batch, iteration)
+        with self.phases.phase("scoring", self.trainer):
+            experience = self.score(trajectory, batch.messages)
+        with self.phases.phase("update", self.trainer):
+            losses = self.update(experience, iteration)
+        metrics = {**experience.metrics(), **losses, "kl_coefficient": self.kl_coefficient}
+        self._adapt_kl_coefficient(metrics["kl"], len(batch))
+        shown = {"reward/total", "score", "kl"}
+        for name, value in {**metrics, **self.phases.finish(len(batch))}.items():
+            self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=len(batch))
+
+    def rollout(self, batch: PromptBatch, iteration: int) -> Trajectory:
+        """Sample a response of the policy to each prompt.
+
+        Args:
+            batch: B prompts.
+            iteration: enters the seed of each sample, with the run's seed and the prompt's row.
+        """
+        seeds = sample_seeds(self.seed, iteration, batch.index)
+        return self.engine.rollout("policy", batch.input_ids, batch.attention_mask, seeds)
+
+    @torch.no_grad()
+    def score(self, trajectory: Trajectory, prompts: list[list[Message]]) -> Experience:
+        """Read the trajectory as every role and turn that into rewards, advantages and returns.
+
+        Args:
+            trajectory: B prompts with a response each.
+            prompts: the messages of the prompts, for reward sources that read text.
+        """
+        temperature, mask = self.rollout_settings.temperature or 1.0, trajectory.sequences.response_mask
+        logprobs, entropy = self._policy_logprobs(trajectory, temperature)
+        reference = self._logprobs("reference", trajectory, temperature)
+        dpo = dpo_reference = None
+        if self.rewards.beta_1 != 0:
+            # DPO and its reference are read at temperature 1, where DPO was trained.
+            dpo = self._logprobs("dpo", trajectory)
+            if self.dpo_reference is not None:
+                dpo_reference = self._logprobs("dpo_reference", trajectory)
+            elif temperature != 1.0:
+                dpo_reference = self._logprobs("reference", trajectory)
+        values = torch.cat([self.backbone.token_values("critic", part) for part in self._scoring_batches(trajectory)])
+        scores = self._scores(trajectory, prompts) if self.reward_source is not None else None
+        terms = compose_rewards(
+            logprobs,
+            reference,
+            dpo,
+            dpo_reference,
+            self._normalized(scores) if scores is not None else None,
+            mask,
+            beta_1=self.rewards.beta_1,
+            beta_2=float(self.kl_coefficient),
+            beta_3=self.rewards.beta_3,
+            token_reward_clip=self.rewards.token_reward_clip,
+            score_clip=self.rewards.score_clip,
+            kl_estimator=self.rewards.kl_estimator,
+            truncated=trajectory.truncated,
+            truncation_penalty=self.rewards.truncation_penalty,
+        )
+        advantages, returns = generalized_advantages(terms.total, values, mask, self.ppo.gamma, self.ppo.lam)
+        if self.ppo.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        kl = kl_estimate(logprobs, reference, mask, "k1")
+        return Experience(trajectory, logprobs, entropy, kl, values, scores, terms, advantages, returns)
+
+    def update(self, experience: Experience, iteration: int) -> dict[str, Tensor]:
+        """Epochs x minibatches x microbatches of policy and value loss.
+
+        Args:
+            experience: what `score` returned, B samples.
+            iteration: enters the seed of the minibatch order; the policy waits for the critic's warm-up.
+
+        Returns:
+            Means over the optimizer steps, for the log.
+        """
+        samples = len(experience.mask)
+        self.ppo.check(samples)
+        size = self.ppo.minibatch_size or samples
+        steps = [
+            rows
+            for epoch in range(self.ppo.epochs)
+            for rows in torch.randperm(samples, generator=self._generator(iteration, epoch)).split(size)
+        ]
+        policy_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, attr-defined]
+        train_policy = iteration >= self.critic.warmup_iterations
+        history: list[dict[str, Tensor]] = []
+        for number, rows in enumerate(steps):
+            last, rows = number == len(steps) - 1, rows.to(experience.mask.device)
+            metrics = accumulate_value_gradients(self.backbone, experience, rows, self.ppo, self.manual_backward)
+            clip = self.ppo.critic_gradient_clip_val
+            metrics["critic/gradient_norm"] = self._step(critic_optimizer, "critic", clip, last and not train_policy)
+            if train_policy:
+                metrics |= accumulate_policy_gradients(
+                    self.backbone, experience, rows, self.ppo, self.rollout_settings.temperature, self.manual_backward
+                )
+                clip = self.ppo.policy_gradient_clip_val
+                metrics["policy/gradient_norm"] = self._step(policy_optimizer, "policy", clip, last)
+            history.append(metrics)
+        for name, scheduler in self._schedulers.items():
+            if name == "critic" or train_policy:
+                scheduler.step()
+        result = {name: torch.stack([m[name].float() for m in history]).mean() for name in history[0]}
+        if train_policy:
+            result["policy/ratio_deviation_first"] = history[0]["policy/ratio_deviation"]
+        return result
+
+    # Held-out prompts -------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Every reward term on answers to held-out prompts."""
+        self._evaluate(batch, "validation")
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Every reward term on answers to test prompts."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """The answers: for each prompt its row, its messages, the response text and whether it was truncated."""
+        trajectory = self.rollout(batch, EVALUATION)
+        return [
+            {"index": int(index), "prompt": prompt, "response": text, "truncated": bool(truncated)}
+            for index, prompt, text, truncated in zip(
+                batch.index, batch.messages, response_texts(trajectory, self.chat), trajectory.truncated, strict=True
+            )
+        ]
+
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    def _check_inputs(self) -> None:
+        rewards = self.rewards
+        if rewards.beta_1 != 0 and self.dpo is None:
+            raise UserError(
+                "rewards.beta_1 is not 0, which needs a DPO role; set model.dpo, or beta_1 to 0 for plain PPO."
+            )
+        if rewards.beta_1 != 0 and self.dpo is not None:
+            role_folder(self.dpo, "dpo")
+        if self.reward is not None and self.reward_function is not None:
+            raise UserError("model.reward and model.reward_function are both set; keep the one that scores.")
+        if rewards.beta_3 != 0 and self.reward is None and self.reward_function is None:
+            raise UserError(
+                "rewards.beta_3 is not 0, which needs model.reward or model.reward_function; set one, or beta_3 to 0."
+            )
+        has_reward_role = rewards.beta_3 != 0 and saved_reward_role(self.reward) is not None
+        if self.critic.init == "reward" and not has_reward_role:
+            raise UserError("critic.init is reward, but no saved reward role is used; set critic.init to policy.")
+
+    def _set_score_statistics(self, mean_std: Tensor) -> None:
+        self.score_mean_std.copy_(mean_std)
+        if self.critic.init == "reward":
+            self.backbone.rescale_head("critic", *mean_std.tolist())
+
+    @torch.no_grad()
+    def _scores_of_reference(self) -> Tensor:
+        wanted, scores = self.rewards.normalization_samples, torch.empty(0)
+        for batch in self.trainer.datamodule.train_dataloader():  # type: ignore[attr-defined]
+            batch = batch.to(self.device)
+            seeds = sample_seeds(self.seed, NORMALIZATION, batch.index)
+            trajectory = self.engine.rollout("reference", batch.input_ids, batch.attention_mask, seeds)
+            scores = torch.cat([scores, self._scores(trajectory, batch.messages).cpu()])
+            if len(scores) >= wanted:
+                break
+        return scores[:wanted]
+
+    def _scores(self, trajectory: Trajectory, prompts: list[list[Message]]) -> Tensor:
+        assert self.reward_source is not None
+        size = self._scoring_batch_size
+        parts = [
+            self.reward_source.score(prompts[i : i + size], trajectory.rows(slice(i, i + size)))
+            for i in range(0, len(prompts), size)
+        ]
+        return torch.cat(parts)
+
+    def _normalized(self, scores: Tensor) -> Tensor:
+        if not self.rewards.normalize_score:
+            return scores
+        mean, std = self.score_mean_std
+        return (scores - mean) / std
+
+    @property
+    def _scoring_batch_size(self) -> int:
+        return self.ppo.scoring_batch_size or 2 * self.ppo.microbatch_size
+
+    def _scoring_batches(self, trajectory: Trajectory) -> list[Sequences]:
+        size, samples = self._scoring_batch_size, len(trajectory.truncated)
+        return [trajectory.sequences.rows(slice(i, i + size)) for i in range(0, samples, size)]
+
+    def _logprobs(self, role: str, trajectory: Trajectory, temperature: float = 1.0) -> Tensor:
+        parts = self._scoring_batches(trajectory)
+        return torch.cat([self.backbone.token_logprobs(role, part, temperature)[0] for part in parts])
+
+    def _policy_logprobs(self, trajectory: Trajectory, temperature: float) -> tuple[Tensor, Tensor]:
+        parts = [
+            self.backbone.token_logprobs("policy", part, temperature, with_entropy=True)
+            for part in self._scoring_batches(trajectory)
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts if p[1] is not None])
+
+    def _step(self, optimizer: LightningOptimizer, role: str, clip: float | None, last_of_iteration: bool) -> Tensor:
+        parameters = self.backbone.trained_parameters(role)
+        norm = clip_grad_norm_(parameters, clip if clip is not None else torch.inf)
+        # Lightning's wrapper counts `global_step`: once an iteration.
+        (optimizer if last_of_iteration else optimizer.optimizer).step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.detach()
+
+    def _adapt_kl_coefficient(self, kl: Tensor, samples: int) -> None:
+        target, horizon = self.rewards.kl_target, self.rewards.kl_horizon
+        if target is not None:
+            adapted = adaptive_kl_coefficient(float(self.kl_coefficient), float(kl), target, horizon, samples)
+            self.kl_coefficient.fill_(adapted)
+
+    def _evaluate(self, batch: PromptBatch, split: str) -> None:
+        trajectory = self.rollout(batch, EVALUATION)
+        metrics = self.score(trajectory, batch.messages).metrics()
+        shown = {"reward/total", "kl"}
+        for name, value in metrics.items():
+            self.log(f"{split}/{name}", value.float(), prog_bar=name in shown, batch_size=len(batch))
+
+    def _generator(self, iteration: int, epoch: int) -> torch.Generator:
+        seed = sample_seeds(self.seed, iteration, torch.tensor([epoch]))[0]
+        return torch.Generator().manual_seed(seed)

@@ -1,0 +1,126 @@
+"""What the stages share: the backbone, the optimizer, what a checkpoint holds and the saved role."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from rto_lightning.backbone import BackboneSettings, ChatTokenizer, PolicyBackbone, load_chat_tokenizer
+from rto_lightning.backbone.roles import role_folder
+from rto_lightning.errors import UserError
+
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+
+
+class StageModule(LightningModule):
+    """Base class of the stages.
+
+    A stage trains one role, `trained_role`, on the shared backbone and saves it under the name `saved_as`.
+    Checkpoints hold the trained weights and the optimizer state, never the frozen base.
+
+    Args:
+        backbone: The base model and its adapters.
+        trained: Saved role of this stage to test, to predict with, or to train further.
+        optimizer: Optimizer of the trained role.
+        lr_scheduler: Learning-rate schedule, stepped after each optimizer step.
+    """
+
+    trained_role = "policy"
+    saved_as = "policy"
+    backbone: PolicyBackbone
+
+    def __init__(
+        self,
+        backbone: BackboneSettings,
+        trained: str | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = backbone
+        self.trained = trained
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.strict_loading = False
+        for source, role in ((backbone.init, "policy"), (trained, self.saved_as)):
+            if source is not None:
+                role_folder(source, role)
+
+    @cached_property
+    def chat(self) -> ChatTokenizer:
+        """The tokenizer of the base model, which the data modules use too."""
+        return load_chat_tokenizer(self.settings)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that would round the trained weights.
+
+        Raises:
+            UserError: if `trainer.precision` is not one of `32-true`, `bf16-mixed` and `64-true`.
+        """
+        precision = str(self.trainer.precision)
+        if precision not in PRECISIONS:
+            raise UserError(
+                f"trainer.precision {precision} does not go with RLHF training because trained weights need float32 "
+                "masters and both optimizers the same scale; use 32-true or bf16-mixed, and "
+                "model.backbone.dtype bfloat16 to hold frozen weights in 16 bits."
+            )
+
+    def configure_model(self) -> None:
+        """Load the base model and add the roles, once."""
+        if not hasattr(self, "backbone"):
+            self.backbone = PolicyBackbone(self.settings, self.chat, self._device_of_trainer())
+            self.add_roles()
+
+    def add_roles(self) -> None:
+        """Add the roles of the stage; by default the trained one."""
+        self.add_policy()
+
+    def add_reference(self) -> None:
+        """Add the frozen role `reference`: the base model or the SFT adapter `init` on it."""
+        self.backbone.add_role("reference", self.settings.init)
+
+    def add_policy(self, scalar_head: bool = False) -> None:
+        """Add the trained role, which starts as `trained`, else as `init`, else as the base model."""
+        start = self.trained or self.settings.init
+        self.backbone.add_role(self.trained_role, start, trainable=True, scalar_head=scalar_head)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the trained role and its schedule."""
+        optimizer = self.optimizer(self.backbone.trained_parameters(self.trained_role))
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward within the trained role: gradient checkpointing computes activations again as whoever is active."""
+        with self.backbone.play(self.trained_role):
+            loss.backward(*args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trained weights and buffers of the stage only."""
+        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        kept |= {name for name, _ in self.named_buffers() if not name.startswith("backbone.")}
+        weights: Mapping[str, Tensor] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: weights[name] for name in weights if name in kept}
+
+    def save_role(self, folder: Path) -> None:
+        """Write the trained role as a PEFT or Hugging Face folder with a `role.json`.
+
+        Raises:
+            UserError: if the folder exists and is not empty.
+        """
+        card = self.backbone.card(self.trained_role, self.saved_as, self.role_settings())
+        self.backbone.save_role(self.trained_role, folder, card)
+
+    def role_settings(self) -> dict[str, Any]:
+        """What a reader of the saved role must know about its training."""
+        return {}
+
+    def _device_of_trainer(self) -> torch.device | None:
+        return self._trainer.strategy.root_device if self._trainer is not None else None

@@ -1,0 +1,299 @@
+"""The RTO stage: one iteration, its invariants, its options and what it refuses."""
+
+import pytest
+import torch
+
+from rto_lightning.backbone import RoleCard
+from rto_lightning.errors import MissingInputError, UserError
+from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
+from rto_lightning.rollout import RolloutSettings
+from tests.models import write_tiny_classifier, write_tiny_model
+from tests.modules import stages
+
+FLOAT64 = {"dtype": "float64"}
+
+
+@pytest.fixture(scope="module")
+def roles(tiny_model, files, tmp_path_factory):
+    """A DPO role and a reward role of the tiny model, for each mode."""
+    folder = tmp_path_factory.mktemp("roles")
+    made = {}
+    for mode in ("adapters", "full"):
+        torch.manual_seed(0)
+        for name, make in (("dpo", stages.dpo), ("reward", stages.reward_model)):
+            module = stages.fit(make(tiny_model, mode=mode), stages.preferences(files), folder / "runs", steps=6)
+            made[mode, name] = str(folder / f"{mode}_{name}")
+            module.save_role(folder / f"{mode}_{name}")
+    return made
+
+
+def full_rto(model, roles, mode="adapters", **options):
+    """RTO with every term: token rewards, KL, score, critic from the reward role."""
+    defaults = {
+        "dpo": roles[mode, "dpo"],
+        "reward": roles[mode, "reward"],
+        "reward_function": None,
+        "rewards": RewardSettings(),
+        "critic": CriticSettings(),
+        "backbone": {"mode": mode},
+    }
+    return stages.rto(model, **{**defaults, **options})
+
+
+def one_batch(module, files):
+    """The module with its roles loaded, and a batch of prompts, outside of a trainer."""
+    module.configure_model()
+    data = stages.prompts(files)
+    data.chat = module.chat
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+@pytest.mark.parametrize("mode", ["adapters", "full"])
+def test_every_term_is_trained_on_and_logged(tiny_model, roles, files, tmp_path, mode):
+    recorder = stages.Recorder()
+    module = full_rto(tiny_model, roles, mode)
+    module.configure_model()
+    before = {role: [p.clone() for p in module.backbone.trained_parameters(role)] for role in ("policy", "critic")}
+    options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
+    stages.fit(module, stages.prompts(files), tmp_path, steps=3, **options)
+    for role, weights in before.items():
+        trained = module.backbone.trained_parameters(role)
+        assert any(not torch.equal(a, b) for a, b in zip(weights, trained, strict=True)), role
+    first = recorder.metrics[0]
+    assert len(recorder.metrics) == 3
+    assert first["train/kl"] == 0  # the policy starts as the reference
+    assert first["train/reward/token"] != 0
+    assert recorder.metrics[1]["train/kl"] != 0
+    terms = [first[f"train/reward/{name}"] for name in ("token", "kl", "score")]
+    assert first["train/reward/total"] == pytest.approx(sum(terms), abs=1e-5)
+    expected = {
+        "score", "entropy", "policy/loss", "policy/clip_fraction", "policy/approximate_kl", "value/loss", "value/error",
+        "value/explained_variance", "response/length", "response/truncated", "seconds/rollout", "seconds/scoring",
+        "seconds/update", "samples_per_second", "kl_coefficient", "policy/gradient_norm", "critic/gradient_norm",
+    }  # fmt: skip
+    assert {f"train/{name}" for name in expected} <= set(first)
+
+
+def test_global_step_counts_iterations(tiny_model, files, tmp_path):
+    trainer = stages.trainer(tmp_path, 4)
+    module = stages.rto(tiny_model, ppo=PPOSettings(epochs=3, minibatch_size=2, microbatch_size=1))
+    trainer.fit(module, stages.prompts(files))
+    assert trainer.global_step == 4
+
+
+def test_first_minibatch_has_ratio_one(tiny_model, files, tmp_path):
+    recorder = stages.Recorder()
+    options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
+    module = stages.rto(tiny_model, ppo=PPOSettings(epochs=2, minibatch_size=2, microbatch_size=1))
+    stages.fit(module, stages.prompts(files), tmp_path, steps=3, **options)
+    for metrics in recorder.metrics:
+        assert metrics["train/policy/ratio_deviation_first"] < 1e-5
+        assert metrics["train/policy/ratio_deviation"] > 1e-4
+
+
+def _weights_after(module, files, folder, steps=2):
+    torch.manual_seed(0)
+    module.configure_model()
+    stages.fit(module, stages.prompts(files), folder, steps=steps)
+    return [p.detach().clone() for role in ("policy", "critic") for p in module.backbone.trained_parameters(role)]
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_microbatches_do_not_change_the_result(tiny_model, files, tmp_path, aggregation):
+    weights = []
+    for size in (1, 3, 4):
+        module = stages.rto(
+            tiny_model,
+            backbone=FLOAT64,
+            ppo=PPOSettings(epochs=2, minibatch_size=4, microbatch_size=size, aggregation=aggregation),
+            policy_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            critic_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        )
+        weights.append(_weights_after(module, files, tmp_path))
+    for other in weights[1:]:
+        for a, b in zip(weights[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_same_seed_same_weights_other_seed_others(tiny_model, files, tmp_path):
+    first, again, other = (_weights_after(stages.rto(tiny_model, seed=seed), files, tmp_path) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_rewards_are_those_of_the_roles(tiny_model, roles, files):
+    """score() against log-probabilities read role by role."""
+    module = full_rto(tiny_model, roles, backbone=FLOAT64, rewards=RewardSettings(token_reward_clip=0.0))
+    batch = one_batch(module, files)
+    trajectory = module.rollout(batch, 0)
+    experience = module.score(trajectory, batch.messages)
+    sequences = trajectory.sequences
+    with torch.no_grad():
+        dpo, _ = module.backbone.token_logprobs("dpo", sequences)
+        reference, _ = module.backbone.token_logprobs("reference", sequences)
+        scores = module.backbone.sequence_scores("reward", sequences)
+    torch.testing.assert_close(experience.terms.token, 0.05 * (dpo - reference), rtol=0, atol=1e-9)
+    card = RoleCard.read(module_path(roles["adapters", "reward"]))
+    last = experience.terms.score[torch.arange(4), sequences.response_lengths - 1]
+    expected = ((scores - card.score_mean) / card.score_std).float()
+    torch.testing.assert_close(last.float(), expected, rtol=1e-4, atol=1e-4)
+    assert (experience.terms.score != 0).sum() == 4
+    with torch.no_grad():
+        critic = module.backbone.sequence_scores("critic", sequences)
+    torch.testing.assert_close(critic.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def module_path(path):
+    from pathlib import Path
+
+    return Path(path)
+
+
+def test_temperature_scales_policy_and_reference_but_not_dpo(tiny_model, roles, files):
+    options = {"backbone": FLOAT64, "rewards": RewardSettings(token_reward_clip=0.0)}
+    warm = full_rto(tiny_model, roles, rollout=RolloutSettings(max_new_tokens=6, temperature=0.7), **options)
+    batch = one_batch(warm, files)
+    trajectory = warm.rollout(batch, 0)
+    experience = warm.score(trajectory, batch.messages)
+    with torch.no_grad():
+        at_temperature, _ = warm.backbone.token_logprobs("policy", trajectory.sequences, 0.7)
+    torch.testing.assert_close(experience.logprobs, at_temperature, rtol=0, atol=1e-12)
+    assert (experience.kl == 0).all()
+    cold = full_rto(tiny_model, roles, **options)
+    cold.configure_model()
+    expected = cold.score(trajectory, batch.messages).terms.token
+    torch.testing.assert_close(experience.terms.token, expected, rtol=0, atol=1e-9)
+
+
+def test_plain_ppo_loads_no_dpo_role(tiny_model):
+    module = stages.rto(tiny_model)
+    module.configure_model()
+    assert set(module.backbone.roles) == {"reference", "policy", "critic"}
+
+
+def test_without_score_no_reward_model_is_needed(tiny_model, roles, files, tmp_path):
+    module = stages.rto(
+        tiny_model, dpo=roles["adapters", "dpo"], reward_function=None, rewards=RewardSettings(beta_3=0.0)
+    )
+    stages.fit(module, stages.prompts(files), tmp_path, steps=1)
+    assert "reward" not in module.backbone.roles
+
+
+def test_outside_models_for_dpo_and_reward(tiny_model, files, tmp_path):
+    """A full-weight DPO model and a classifier of another width beside a LoRA policy."""
+    recorder = stages.Recorder()
+    module = stages.rto(
+        tiny_model,
+        dpo=str(write_tiny_model(tmp_path / "dpo", seed=3)),
+        reward=str(write_tiny_classifier(tmp_path / "rm")),
+        reward_function=None,
+        rewards=RewardSettings(normalization_samples=8),
+    )
+    options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
+    stages.fit(module, stages.prompts(files), tmp_path / "run", steps=2, **options)
+    assert recorder.metrics[0]["train/reward/token"] != 0
+    assert module.score_mean_std.isfinite().all()
+
+
+def test_scores_are_normalised_on_the_reference(tiny_model, files, tmp_path):
+    recorder = stages.Recorder()
+    module = stages.rto(tiny_model, rewards=RewardSettings(beta_1=0.0, beta_2=0.0, normalization_samples=12))
+    options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
+    stages.fit(module, stages.prompts(files), tmp_path, steps=1, **options)
+    mean, std = module.score_mean_std.tolist()
+    metrics = recorder.metrics[0]
+    assert metrics["train/reward/score"] == pytest.approx((metrics["train/score"] - mean) / std, abs=1e-5)
+
+
+def test_critic_warmup_leaves_the_policy(tiny_model, files, tmp_path):
+    trainer = stages.trainer(tmp_path, 2)
+    module = stages.rto(tiny_model, critic=CriticSettings(init="policy", warmup_iterations=2))
+    module.configure_model()
+    before = [p.clone() for p in module.backbone.trained_parameters("policy")]
+    critic = [p.clone() for p in module.backbone.trained_parameters("critic")]
+    trainer.fit(module, stages.prompts(files))
+    assert trainer.global_step == 2
+    after = module.backbone.trained_parameters("policy")
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    trained = module.backbone.trained_parameters("critic")
+    assert not all(torch.equal(a, b) for a, b in zip(critic, trained, strict=True))
+
+
+def test_critic_from_a_folder(tiny_model, roles):
+    module = stages.rto(tiny_model, critic=CriticSettings(init=roles["adapters", "reward"]))
+    module.configure_model()
+    assert module.backbone.heads["critic"].weight.abs().sum() > 0
+
+
+def test_adaptive_kl_coefficient_moves_toward_the_target(tiny_model, files, tmp_path):
+    module = stages.rto(tiny_model, rewards=RewardSettings(beta_1=0.0, kl_target=50.0, kl_horizon=40))
+    stages.fit(module, stages.prompts(files), tmp_path, steps=2)
+    assert float(module.kl_coefficient) < 0.01  # KL far below the target: the penalty shrinks
+    fixed = stages.rto(tiny_model)
+    stages.fit(fixed, stages.prompts(files), tmp_path, steps=2)
+    assert float(fixed.kl_coefficient) == 0.01
+
+
+def test_truncation_is_penalised_and_tokens_are_left_alone(tiny_model, files):
+    module = stages.rto(
+        tiny_model, rewards=RewardSettings(beta_1=0.0, beta_3=0.0, truncation_penalty=3.0), reward_function=None
+    )
+    batch = one_batch(module, files)
+    trajectory = module.rollout(batch, 0)
+    assert trajectory.truncated.any()
+    before = trajectory.sequences.input_ids.clone()
+    terms = module.score(trajectory, batch.messages).terms
+    assert torch.equal(terms.score.sum(1), -3.0 * trajectory.truncated.float())
+    assert torch.equal(trajectory.sequences.input_ids, before)
+
+
+def test_validation_changes_nothing_and_repeats_its_draws(tiny_model, files, tmp_path):
+    module = stages.rto(tiny_model, rewards=RewardSettings(beta_1=0.0, normalize_score=False))
+    module.configure_model()
+    before = [p.clone() for p in module.parameters()]
+    first, second = (stages.trainer(tmp_path, 0).test(module, stages.prompts(files), verbose=False) for _ in range(2))
+    assert first == second
+    assert "test/reward/total" in first[0] and "test/kl" in first[0]
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_trained_policy_is_saved_reloaded_and_used(tiny_model, files, tmp_path):
+    module = stages.fit(stages.rto(tiny_model), stages.prompts(files), tmp_path, steps=3)
+    module.save_role(tmp_path / "role")
+    expected = stages.trainer(tmp_path, 0).predict(module, stages.prompts(files))
+    again = stages.rto(tiny_model, trained=str(tmp_path / "role"))
+    answers = stages.trainer(tmp_path, 0).predict(again, stages.prompts(files))
+    assert answers == expected
+    untrained = stages.trainer(tmp_path, 0).predict(stages.rto(tiny_model), stages.prompts(files))
+    assert answers != untrained
+    assert answers[0][0]["prompt"] == [{"role": "user", "content": "Question 0?"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rewards": RewardSettings(beta_1=0.1)}, "beta_1 is not 0, which needs a DPO role"),
+        ({"reward_function": None}, "beta_3 is not 0, which needs"),
+        ({"critic": CriticSettings(init="reward")}, "critic.init is reward"),
+        ({"reward": "x"}, "both set"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_loaded(tiny_model, options, message):
+    with pytest.raises(UserError, match=message):
+        stages.rto(tiny_model, **options)
+
+
+def test_missing_inputs_name_their_stage(tiny_model):
+    with pytest.raises(MissingInputError) as error:
+        stages.rto(tiny_model, dpo="outputs/a/dpo/role", rewards=RewardSettings())
+    assert error.value.stage == "dpo"
+    with pytest.raises(MissingInputError) as error:
+        stages.rto(tiny_model, reward="outputs/a/rm/role", reward_function=None)
+    assert error.value.stage == "reward_model"
+
+
+def test_minibatches_that_do_not_fit_are_refused(tiny_model, files, tmp_path):
+    module = stages.rto(tiny_model, ppo=PPOSettings(minibatch_size=3))
+    with pytest.raises(UserError, match="minibatch_size 3 does not divide"):
+        stages.fit(module, stages.prompts(files), tmp_path)
