@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from rto_lightning.backbone.adapters import WEIGHTS_FILE, AdapterBank
+from rto_lightning.backbone.adapters import AdapterBank
 from rto_lightning.backbone.chat import ChatTokenizer
 from rto_lightning.backbone.loading import base_fingerprint, load_causal_lm, load_chat_tokenizer_from
 from rto_lightning.backbone.logprobs import gather_logprobs

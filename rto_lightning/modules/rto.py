@@ -96,6 +96,8 @@ class RTOModule(StageModule):
         self.register_buffer("score_mean_std", torch.full((2,), torch.nan))
         self.kl_coefficient: Tensor
         self.score_mean_std: Tensor
+        self.last_rollout: tuple[Trajectory, list[list[Message]]]
+        """Responses of the last iteration and the messages of their prompts, for callbacks."""
         self._check_inputs()
 
     # Roles -----------------------------------------------------------------------------------------------------
@@ -174,6 +176,7 @@ class RTOModule(StageModule):
             experience = self.score(trajectory, batch.messages)
         with self.phases.phase("update", self.trainer):
             losses = self.update(experience, iteration)
+        self.last_rollout = trajectory, batch.messages
         metrics = {**experience.metrics(), **losses, "kl_coefficient": self.kl_coefficient}
         self._adapt_kl_coefficient(metrics["kl"], len(batch))
         shown = {"reward/total", "score", "kl"}

@@ -1,0 +1,270 @@
+"""LightningCLI as this project uses it: one stage, one folder, one sentence for each mistake.
+
+The folder of a stage is `trainer.default_root_dir`. It receives
+
+    config.yaml         every setting of the run, ready for `rto-lightning fit --config`
+    checkpoints/        Lightning checkpoints, to resume from by `--ckpt_path`
+    tensorboard/<run>/  events for `tensorboard --logdir`
+    metrics/<run>/      the same figures as metrics.csv
+    role/               the trained role, once training has ended
+
+where <run> is `fit`, or `fit-2` if the folder holds an earlier run; likewise for the other commands.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from rto_lightning.callbacks import PhaseProgressBar, SaveRole
+from rto_lightning.config_errors import ConfigurationError, explain
+from rto_lightning.errors import UserError
+
+ROLE_FOLDER = "role"
+"""Name of the trained role inside a stage's folder."""
+
+_KEYWORD_CHECKPOINTS = ("best", "last", "hpc", "registry")
+
+# Lines of libraries that say nothing about the run at hand.
+_NOISE = (
+    "💡 Tip",
+    "Seed set to",
+    "GPU available: False",
+    "TPU available: False",
+    "`Trainer.fit` stopped: `max_",
+    "Failed to load CPU gemm_4bit_forward",  # bitsandbytes has another kernel
+)
+_NOISY_LOGGERS = (
+    "bitsandbytes.backends.cpu.ops",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning_utilities.core.rank_zero",
+)
+
+
+def stage_module_class() -> type[LightningModule]:
+    """The class that every stage's module extends; stages and data modules get known by their short names."""
+    importlib.import_module("rto_lightning.data")
+    from rto_lightning.modules import StageModule
+
+    return StageModule
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the settings into the stage's folder; an earlier, different file is kept."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes `config.yaml` (`config-test.yaml` and so on for the commands that do not train)."""
+        text = self.parser.dump(self.config, skip_unset=False)
+        command = str(getattr(stage, "value", stage))
+        stem = "config" if command == "fit" else f"config-{command}"
+        directory = Path(trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 10_000):
+            path = directory / (f"{stem}.yaml" if number == 1 else f"{stem}-{number}.yaml")
+            if not path.exists():
+                path.write_text(text, encoding="utf-8")
+            if path.read_text(encoding="utf-8") == text:
+                return
+
+
+class RTOCLI(LightningCLI):
+    """LightningCLI over the stages' modules.
+
+    Args:
+        args: A command and its options.
+        config_files: The `--config` files among them, for the wording of errors.
+    """
+
+    def __init__(self, args: Sequence[str], config_files: Sequence[str]) -> None:
+        self.config_files = config_files
+        # Errors come as exceptions, which `explain` makes readable, instead of usage texts.
+        quiet_parsers: dict[str, Any] = {command: {"exit_on_error": False} for command in self.subcommands()}
+        super().__init__(
+            stage_module_class(),
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={"log_every_n_steps": 1},
+            seed_everything_default=1,
+            auto_configure_optimizers=False,  # modules take their optimizers as arguments
+            parser_kwargs={
+                "prog": "rto-lightning",
+                "description": "Train or measure one stage.",
+                "exit_on_error": False,
+                **quiet_parsers,
+            },
+            args=list(args),
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the arguments.
+
+        Raises:
+            ConfigurationError: If they, or a file they name, hold something the parser does not take.
+        """
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            raise ConfigurationError(explain(str(error), self.config_files, self._accepted(args[0]))) from error
+
+    def _parse_ckpt_path(self) -> None:
+        command = self.config[self.config.subcommand]
+        path = command.get("ckpt_path")
+        if path and not Path(path).exists() and not str(path).startswith(_KEYWORD_CHECKPOINTS):
+            raise UserError(f"the checkpoint {path} does not exist; check the path after --ckpt_path.")
+        try:
+            super()._parse_ckpt_path()
+        except argparse.ArgumentError as error:
+            reason = explain(str(error), [], self._accepted(self.config.subcommand))
+            raise UserError(f"the settings in {path} do not fit this version: {reason}") from error
+
+    def before_instantiate_classes(self) -> None:
+        """Settles the stage's folder, and refuses one that holds a trained role, before anything is loaded.
+
+        Raises:
+            UserError: If `fit` would have to write over a role.
+        """
+        settings = self.config[self.subcommand].trainer
+        if settings.default_root_dir is None:
+            stem = Path(self.config_files[0]).stem if self.config_files else "run"
+            settings.default_root_dir = str(Path("outputs") / stem)
+        role = Path(settings.default_root_dir) / ROLE_FOLDER
+        if self.subcommand == "fit" and not settings.fast_dev_run and role.exists():
+            raise UserError(
+                f"{role} exists already and is not written over; choose another --trainer.default_root_dir, "
+                "or remove that folder."
+            )
+
+    def instantiate_classes(self) -> None:
+        """Builds data, module and trainer.
+
+        Raises:
+            UserError: The error that one of them raised, without what the parser wraps around it.
+        """
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Builds the trainer; loggers, checkpoints and progress bar are ours where the user names none.
+
+        Raises:
+            UserError: If Lightning refuses the settings.
+        """
+        settings = self.config_init[self.subcommand].trainer
+        root = Path(settings.default_root_dir)
+        if settings.logger is None or settings.logger is True:
+            kwargs["logger"] = default_loggers(root, str(self.subcommand))
+        kwargs["callbacks"] = [*_as_list(settings.callbacks), *self._default_callbacks(settings, root)]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"the trainer refuses its settings: {_first_sentence(error)}") from error
+
+    def _default_callbacks(self, settings: Any, root: Path) -> list[Callback]:
+        given = _as_list(settings.callbacks)
+        callbacks: list[Callback] = []
+        if settings.barebones:
+            return callbacks
+        if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in given):
+            callbacks.append(PhaseProgressBar())
+        if self.subcommand == "fit" and not settings.fast_dev_run:
+            if settings.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
+                # A resumed run moves `last.ckpt` on; any other run in this folder leaves older files alone.
+                resumed = self.config_init[self.subcommand].ckpt_path is not None
+                directory = root / "checkpoints"
+                callbacks.append(ModelCheckpoint(directory, save_last="link", enable_version_counter=not resumed))
+            callbacks.append(SaveRole(root / ROLE_FOLDER))
+        return callbacks
+
+    def _accepted(self, command: str) -> list[str]:
+        parser = self._subcommand_parsers.get(command, self.parser)
+        return list(parser.get_defaults(skip_validation=True).keys())
+
+
+def default_loggers(root: Path, command: str) -> list[Logger]:
+    """TensorBoard and CSV loggers below a stage's folder, in new folders of their own."""
+    number, run = 1, command
+    while any((root / kind / run).exists() for kind in ("tensorboard", "metrics")):
+        number += 1
+        run = f"{command}-{number}"
+    return [
+        TensorBoardLogger(save_dir=root / "tensorboard", name="", version=run),
+        CSVLogger(save_dir=root / "metrics", name="", version=run),
+    ]
+
+
+def run(args: Sequence[str], config_files: Sequence[str]) -> None:
+    """Parses the arguments of one command, builds the stage and runs it.
+
+    Args:
+        args: A command and its options.
+        config_files: The `--config` files among them.
+
+    Raises:
+        UserError: If the settings, or the data and roles they name, cannot be used.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help texts of settings dataclasses
+    quiet_lightning()
+    try:
+        with _process_arguments(args):
+            RTOCLI(args, config_files)
+    except MisconfigurationException as error:
+        raise UserError(_first_sentence(error)) from error
+
+
+def quiet_lightning() -> None:
+    """Keeps advertisements and known harmless warnings off the screen; everything else stays."""
+    for name in _NOISY_LOGGERS:
+        logger = logging.getLogger(name)
+        if _is_news not in logger.filters:
+            logger.addFilter(_is_news)
+    warnings.filterwarnings("ignore", message="The '.*dataloader' does not have many workers")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().lstrip().startswith(_NOISE)
+
+
+@contextmanager
+def _process_arguments(args: Sequence[str]) -> Iterator[None]:
+    """Shows `args` as the process's own: Lightning starts the other ranks by repeating `sys.argv`."""
+    before = sys.argv
+    sys.argv = [before[0], *args]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).removesuffix(".") + "."

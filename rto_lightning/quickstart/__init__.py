@@ -1,0 +1,1 @@
+"""The embedded quickstart task: its grammar, tokenizer, gold reward and report."""

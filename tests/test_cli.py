@@ -1,0 +1,361 @@
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rto_lightning import lightning_cli
+from rto_lightning.cli import given_config_files, main
+from tests.stub_stage import StubBase
+
+STAGE = {
+    "model": {"class_path": "tests.stub_stage.StubStage", "init_args": {"backbone": {"model": "m"}}},
+    "data": {"class_path": "tests.stub_stage.StubData"},
+    "trainer": {"max_steps": 3, "accelerator": "cpu", "enable_model_summary": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def stub_stages(monkeypatch, tmp_path):
+    monkeypatch.setattr(lightning_cli, "stage_module_class", lambda: StubBase)
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, content: dict | str) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return name
+
+
+def stage(**changes) -> dict:
+    """The stub stage's configuration with `a__b__c=value` set at a.b.c."""
+    content = json.loads(json.dumps(STAGE))
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = content
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return content
+
+
+def fails(capsys, *args: str) -> tuple[int, str]:
+    """Runs the command and returns its status and its only line on stderr."""
+    status = main(list(args))
+    captured = capsys.readouterr()
+    assert captured.err.startswith("rto-lightning: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    return status, captured.err.removeprefix("rto-lightning: error: ").strip()
+
+
+def losses(path: Path) -> list[str]:
+    """The training losses in a metrics.csv."""
+    with path.open(newline="") as file:
+        return [row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_fit_fills_the_folder_of_the_stage(capsys):
+    assert main(["fit", "--config", write("s.yaml", stage()), "--trainer.default_root_dir", "out"]) == 0
+    assert {path.name for path in Path("out").iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "metrics",
+        "role",
+        "tensorboard",
+    }
+    assert len(losses(Path("out/metrics/fit/metrics.csv"))) == 3
+    assert list(Path("out/tensorboard/fit").glob("events*"))
+    assert json.loads(Path("out/role/role.json").read_text())["model"] == "m"
+    assert {path.name for path in Path(".").iterdir()} == {"out", "s.yaml"}
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "Tip" not in captured.out
+
+
+def test_the_saved_configuration_repeats_the_run():
+    main(["fit", "--config", write("s.yaml", stage()), "--model.lr=0.2", "--trainer.default_root_dir=out"])
+    assert main(["fit", "--config", "out/config.yaml", "--trainer.default_root_dir=again"]) == 0
+    assert Path("out/role/role.json").read_text() == Path("again/role/role.json").read_text()
+    main(["fit", "--config", "s.yaml", "--trainer.default_root_dir=other"])
+    assert Path("out/role/role.json").read_text() != Path("other/role/role.json").read_text()
+
+
+def test_seed_one_is_the_default_and_another_seed_differs():
+    write("s.yaml", stage())
+    for name, extra in (("a", []), ("b", ["--seed_everything=1"]), ("c", ["--seed_everything=2"])):
+        assert main(["fit", "--config", "s.yaml", f"--trainer.default_root_dir={name}", *extra]) == 0
+    a, b, c = (Path(name, "role/role.json").read_text() for name in "abc")
+    assert a == b != c
+
+
+def test_later_configurations_override_earlier_ones():
+    write("s.yaml", stage())
+    write("overlay.yaml", {"model": {"init_args": {"backbone": {"model": "other"}}}, "trainer": {"max_steps": 1}})
+    main(["fit", "--config", "s.yaml", "--config", "overlay.yaml", "--trainer.default_root_dir=out"])
+    saved = yaml.safe_load(Path("out/config.yaml").read_text())
+    assert saved["model"]["init_args"]["backbone"]["model"] == "other"
+    assert saved["trainer"]["max_steps"] == 1
+    assert saved["trainer"]["accelerator"] == "cpu"
+    assert saved["seed_everything"] == 1
+
+
+def test_the_folder_is_named_after_the_configuration_by_default():
+    main(["fit", "--config", write("conf/tiny_sft.yaml", stage())])
+    assert Path("outputs/tiny_sft/role").is_dir()
+
+
+def test_validate_keeps_what_fit_wrote():
+    write("s.yaml", stage(trainer__default_root_dir="out"))
+    main(["fit", "--config", "s.yaml"])
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    for _ in range(2):
+        assert main(["validate", "--config", "s.yaml"]) == 0
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert Path("out/metrics/validate/metrics.csv").exists()
+    assert Path("out/metrics/validate-2/metrics.csv").exists()
+    assert Path("out/config-validate.yaml").exists()
+
+
+def test_loggers_and_checkpoints_of_the_user_stay():
+    loggers = [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "mine"}}]
+    checkpoint = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": "kept", "save_last": True},
+    }
+    settings = stage(trainer__logger=loggers, trainer__callbacks=[checkpoint], trainer__default_root_dir="out")
+    main(["fit", "--config", write("s.yaml", settings)])
+    assert list(Path("mine").rglob("metrics.csv"))
+    assert Path("kept/last.ckpt").exists()
+    assert {path.name for path in Path("out").iterdir()} == {"config.yaml", "role"}
+
+
+def test_a_run_goes_on_from_its_checkpoint():
+    write("s.yaml", stage(trainer__default_root_dir="out"))
+    with pytest.raises(RuntimeError, match="the power went out"):
+        main(["fit", "--config", "s.yaml", "--trainer.max_steps=8", "--model.interrupt_at=5", "--trainer.max_epochs=9"])
+    assert not Path("out/role").exists()
+    assert main(["fit", "--config", "s.yaml", "--trainer.max_steps=8", "--ckpt_path=out/checkpoints/last.ckpt"]) == 0
+    assert Path("out/role/role.json").exists()
+    before, after = (losses(Path("out/metrics", run, "metrics.csv")) for run in ("fit", "fit-2"))
+    assert len(before) == 5 and len(after) == 4  # the checkpoint holds the first epoch, four steps
+    assert after[0] == before[4]
+    assert Path("out/checkpoints/last.ckpt").resolve().name == "epoch=1-step=8.ckpt"
+    assert Path("out/config-2.yaml").exists()  # other settings than those of the first run
+
+
+def test_a_trained_role_is_not_written_over(capsys):
+    write("s.yaml", stage(trainer__default_root_dir="out", model__init_args__dpo="missing"))
+    Path("out/role").mkdir(parents=True)
+    assert fails(capsys, "fit", "--config", "s.yaml") == (
+        1,
+        "out/role exists already and is not written over; choose another --trainer.default_root_dir, "
+        "or remove that folder.",
+    )
+    assert [path.name for path in Path("out").rglob("*")] == ["role"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"model__init_args__backbone": {"modell": "m"}},
+            "`model.init_args.backbone.modell`; did you mean `model`?",
+        ),
+        ({"model__init_args__lrr": 1}, "`model.init_args.lrr`; did you mean `lr`?"),
+        (
+            {"model__init_args__backbone": {"adapter": {"rnk": 1}}},
+            "`model.init_args.backbone.adapter.rnk`; did you mean `rank`?",
+        ),
+        (
+            {"model__init_args__backbone": {"second": {"rnk": 1}}},
+            "`model.init_args.backbone.second.rnk`; did you mean `rank`?",
+        ),
+        (
+            {"model__init_args__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lrr": 1}}},
+            "`model.init_args.optimizer.init_args.lrr`; did you mean `lr`?",
+        ),
+        ({"data__init_args": {"n": 1}}, "`data.init_args.n`; known there: batch_size, rows."),
+        ({"trainer__max_stps": 1}, "`trainer.max_stps`; did you mean `max_steps`?"),
+        ({"modell": {"class_path": "x"}}, "`modell`; did you mean `model`?"),
+    ],
+)
+def test_an_unknown_key_is_named_with_file_and_line(capsys, changes, sentence):
+    text = yaml.safe_dump(stage(**changes), sort_keys=False)
+    key = re.findall(r"(\w+)`", sentence)[0]
+    line = 1 + next(n for n, row in enumerate(text.splitlines()) if f"{key}:" in row)
+    status, error = fails(capsys, "fit", "--config", write("s.yaml", text))
+    assert (status, error) == (2, f"s.yaml line {line}: unknown key {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model__init_args__lr": "abc"}, "`model.init_args.lr` must be a number, not abc."),
+        (
+            {"model__init_args__backbone": {"adapter": {"rank": 1.5}}},
+            "`model.init_args.backbone.adapter.rank` must be a whole number, not 1.5.",
+        ),
+        (
+            {"data__class_path": "tests.stub_stage.StubNamedData"},
+            "`data.init_args.train` is not set.",
+        ),
+        ({"trainer__max_steps": "many"}, "`trainer.max_steps` must be a whole number, not many."),
+        (
+            {"model__class_path": "tests.stub_stage.StubStag"},
+            "`model.class_path`: cannot import tests.stub_stage.StubStag "
+            "(module 'tests.stub_stage' has no attribute 'StubStag').",
+        ),
+        (
+            {"data__class_path": "nowhere.Data"},
+            "`data.class_path`: cannot import nowhere.Data (No module named 'nowhere').",
+        ),
+        (
+            {"model__class_path": "tests.stub_stage.StubData"},
+            "`model.class_path`: tests.stub_stage.StubData is no StubBase.",
+        ),
+        (
+            {"model__lr": 1},
+            "`model` must be a mapping of `class_path` (a StubBase) and `init_args` and nothing else.",
+        ),
+        (
+            {"model__init_args__backbone": "m"},
+            "`model.init_args.backbone` must be a mapping of settings or the path of a YAML file.",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_file(capsys, changes, sentence):
+    status, error = fails(capsys, "fit", "--config", write("s.yaml", stage(**changes)))
+    assert status == 2
+    assert re.sub(r" line \d+", "", error) == f"s.yaml: {sentence}"
+
+
+def test_of_several_files_the_one_with_the_mistake_is_named(capsys):
+    write("s.yaml", stage())
+    write("overlay.yaml", "trainer:\n  max_stps: 1\n")
+    _, error = fails(capsys, "fit", "--config", "s.yaml", "--config=overlay.yaml")
+    assert error == "overlay.yaml line 2: unknown key `trainer.max_stps`; did you mean `max_steps`?"
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--model.lrr=1", "unknown key `model.lrr`; did you mean `lr`?"),
+        ("--trainer.max_stps=1", "unknown key `trainer.max_stps`; did you mean `max_steps`?"),
+        ("--model.lr=x", "`model.lr` must be a number, not x."),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, option, sentence):
+    assert fails(capsys, "fit", "--config", write("s.yaml", stage()), option) == (2, sentence)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "the configuration file s.yaml does not exist; check the path after --config."),
+        ("a: 1\n b: 2\n", "s.yaml is not a YAML file: mapping values are not allowed here in line 2."),
+        (
+            "- a\n",
+            "s.yaml holds no settings; a configuration is a YAML mapping such as `trainer: {...}`.",
+        ),
+        (
+            "trainer: {max_steps: 1}\n",
+            "s.yaml: `model` and `data` are not set; give `class_path` and `init_args`.",
+        ),
+    ],
+)
+def test_files_that_are_no_configurations(capsys, content, sentence):
+    if content is not None:
+        write("s.yaml", content)
+    assert fails(capsys, "fit", "--config", "s.yaml") == (2, sentence)
+
+
+def test_errors_of_the_modules_are_told_as_they_are(capsys):
+    write("s.yaml", stage(model__init_args__backbone={"model": "bad"}))
+    assert fails(capsys, "fit", "--config", "s.yaml") == (
+        1,
+        "model.backbone.model bad is no model; choose another.",
+    )
+
+
+def test_other_exceptions_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="the power went out"):
+        main(["fit", "--config", write("s.yaml", stage(model__init_args__interrupt_at=1))])
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_missing_input_comes_with_the_command_that_makes_it(capsys, beside):
+    write("conf/rto.yaml", stage(model__init_args__dpo="outputs/dpo/role"))
+    if beside:
+        write("conf/dpo.yaml", stage())
+    config = "conf/dpo.yaml" if beside else "DPO_CONFIG.yaml"
+    assert fails(capsys, "fit", "--config", "conf/rto.yaml") == (
+        1,
+        f"the dpo role outputs/dpo/role does not exist; make it first with: rto-lightning fit --config {config}",
+    )
+    assert not Path("outputs").exists()
+
+
+def test_a_missing_checkpoint(capsys):
+    write("s.yaml", stage())
+    assert fails(capsys, "validate", "--config", "s.yaml", "--ckpt_path", "no.ckpt") == (
+        1,
+        "the checkpoint no.ckpt does not exist; check the path after --ckpt_path.",
+    )
+
+
+def test_settings_that_the_trainer_refuses(capsys):
+    status, error = fails(capsys, "fit", "--config", write("s.yaml", stage(trainer__accelerator="abacus")))
+    assert status == 1
+    assert error.startswith("the trainer refuses its settings: ")
+    assert "abacus" in error
+
+
+def test_an_unknown_command(capsys):
+    status, error = fails(capsys, "fitt")
+    assert status == 2
+    assert "fit, validate, test, predict, pipeline" in error
+
+
+@pytest.mark.parametrize(
+    ("args", "files"),
+    [
+        (["fit", "--config", "a.yaml", "--config=b.yaml", "-c", "c.yaml"], ["a.yaml", "b.yaml", "c.yaml"]),
+        (["fit", "--model.config", "a.yaml", "--config"], []),
+    ],
+)
+def test_given_config_files(args, files):
+    assert given_config_files(args) == files
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["fit", "--config", "no.yaml"], ["pipeline", "--help"]])
+def test_light_commands_do_not_import_torch(args):
+    code = (
+        "import sys\nfrom rto_lightning.cli import main\n"
+        f"try:\n    main({args})\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'lightning', 'transformers') if name in sys.modules])"
+    )
+    root = Path(__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_package_runs_as_a_module(tmp_path):
+    root = Path(__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, "-m", "rto_lightning", "fit", "--config", "no.yaml"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert result.returncode == 2
+    assert result.stderr == (
+        "rto-lightning: error: the configuration file no.yaml does not exist; check the path after --config.\n"
+    )

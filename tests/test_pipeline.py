@@ -1,0 +1,368 @@
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rto_lightning import lightning_cli
+from rto_lightning.cli import main
+from rto_lightning.errors import MissingInputError, UserError
+from rto_lightning.pipeline import StageResult, format_results
+from tests.stub_stage import StubBase
+
+calls: list[tuple] = []
+
+
+@dataclass
+class Size:
+    width: int = 4
+    depth: int = 1
+
+
+def make_world(output_dir: Path, seed: int, rows: int = 3, rate: float = 0.5, size: Size | None = None) -> None:
+    calls.append(("world", seed, rows, rate, size))
+    (output_dir / "rows.txt").write_text("\n".join(str(seed + row) for row in range(rows)))
+
+
+def fail(output_dir: Path, seed: int, how: str = "user") -> None:
+    (output_dir / "half").touch()
+    if how == "user":
+        raise UserError("there is too little data; give more rows.")
+    raise RuntimeError("a defect")
+
+
+def needs_dpo(output_dir: Path, seed: int, source: str) -> None:
+    raise MissingInputError("no dpo role.", stage="dpo")
+
+
+def copy(output_dir: Path, seed: int, source: str, note: str = "") -> None:
+    calls.append(("copy", source, note))
+    (output_dir / "copied").write_text(Path(source).read_text())
+
+
+@pytest.fixture(autouse=True)
+def stub_stages(monkeypatch, tmp_path):
+    monkeypatch.setattr(lightning_cli, "stage_module_class", lambda: StubBase)
+    monkeypatch.chdir(tmp_path)
+    calls.clear()
+    Path("conf").mkdir()
+    write("conf/sft.yaml", FIT)
+
+
+FIT = {
+    "model": {"class_path": "tests.stub_stage.StubStage", "init_args": {"backbone": {"model": "m"}}},
+    "data": {"class_path": "tests.stub_stage.StubData"},
+    "trainer": {
+        "max_steps": 2,
+        "accelerator": "cpu",
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "num_sanity_val_steps": 0,
+    },
+}
+WORLD = {"name": "world", "run": "tests.test_pipeline:make_world", "arguments": {"rows": 5}}
+SFT = {
+    "name": "sft",
+    "fit": "sft.yaml",
+    "arguments": {"model.backbone.model": "{world}/rows.txt", "model.lr": 0.2},
+}
+COPY = {
+    "name": "copy",
+    "run": "tests.test_pipeline:copy",
+    "arguments": {"source": "{sft}/role/role.json", "note": "{{ jinja }}"},
+}
+
+
+def write(name: str, content: dict | str) -> str:
+    Path(name).write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return name
+
+
+def pipeline(*stages: dict, **settings) -> str:
+    return write("conf/pipeline.yaml", {"output_dir": "out", "stages": list(stages), **settings})
+
+
+def run(*args: str) -> int:
+    return main(["pipeline", "--config", "conf/pipeline.yaml", *args])
+
+
+def fails(capsys, *args: str) -> tuple[int, str]:
+    status = run(*args)
+    err = capsys.readouterr().err
+    assert err.startswith("rto-lightning: error: ")
+    assert err.count("\n") == 1
+    return status, err.removeprefix("rto-lightning: error: ").strip()
+
+
+def test_each_stage_gets_what_earlier_stages_made(capsys):
+    pipeline(WORLD, SFT, COPY, seed=7)
+    assert run() == 0
+    out = Path("out").resolve()
+    assert (out / "world/rows.txt").read_text() == "7\n8\n9\n10\n11"
+    role = json.loads((out / "sft/role/role.json").read_text())
+    assert role["model"] == f"{out}/world/rows.txt"
+    assert json.loads((out / "copy/copied").read_text()) == role
+    assert calls == [("world", 7, 5, 0.5, None), ("copy", f"{out}/sft/role/role.json", "{{ jinja }}")]
+    settings = yaml.safe_load((out / "sft/config.yaml").read_text())
+    assert settings["seed_everything"] == 7
+    assert settings["model"]["init_args"]["lr"] == 0.2
+    shown = capsys.readouterr().out
+    assert f"[2/3] sft: fit conf/sft.yaml -> {out}/sft" in shown
+    table = shown[shown.index("stage  seconds  state") :].splitlines()
+    assert [line.split()[0] for line in table] == ["stage", "world", "sft", "copy", "now"]
+    assert all(line.endswith("done now") for line in table[1:4])
+
+
+def test_what_is_done_is_skipped_and_left_alone(capsys):
+    pipeline(WORLD, SFT, COPY)
+    assert run() == 0
+    before = {path: (path.stat().st_mtime_ns) for path in Path("out").rglob("*")}
+    capsys.readouterr()
+    assert run() == 0
+    shown = capsys.readouterr().out
+    for number, name in enumerate(("world", "sft", "copy"), start=1):
+        assert f"[{number}/3] {name}: done before (" in shown
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
+    assert len(calls) == 2
+
+
+def test_a_new_stage_runs_on_what_is_done():
+    pipeline(WORLD)
+    run()
+    pipeline(WORLD, SFT)
+    assert run() == 0
+    assert [call[0] for call in calls] == ["world"]
+    assert Path("out/sft/role").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda: pipeline({**WORLD, "arguments": {"rows": 6}}, SFT), "world (other arguments: rows); sft"),
+        (lambda: write("conf/sft.yaml", yaml.safe_dump(FIT) + "# x\n"), "sft (its configuration file has changed)"),
+        (lambda: pipeline(WORLD, SFT, seed=2), "world (seed 1, not 2); sft (seed 1, not 2"),
+        (lambda: pipeline({**WORLD, "run": "tests.test_pipeline:copy"}, SFT), "world (`run` was tests."),
+    ],
+)
+def test_a_stage_made_from_other_inputs_is_refused(capsys, change, difference):
+    pipeline(WORLD, SFT)
+    run()
+    before = sorted(Path("out").rglob("*"))
+    change()
+    capsys.readouterr()
+    status, error = fails(capsys)
+    assert status == 1
+    assert error.startswith(f"these finished stages were made from other inputs: {difference}")
+    assert f"{Path('out').resolve()}/sft" in error
+    assert "remove" in error and error.endswith("or choose another --output_dir.")
+    assert sorted(Path("out").rglob("*")) == before
+
+
+def test_a_stage_is_stale_once_its_input_was_made_again(capsys):
+    pipeline(WORLD, SFT)
+    run()
+    capsys.readouterr()
+    Path("out/world").rename("elsewhere")
+    _, error = fails(capsys)
+    assert "sft (from an earlier run of world)" in error
+    assert not Path("out/world").exists()  # refused before anything ran
+    Path("out/sft").rename("elsewhere_too")
+    assert run() == 0
+    assert [call[0] for call in calls] == ["world", "world"]
+
+
+def test_another_folder_and_seed():
+    pipeline(WORLD)
+    run()
+    assert run("--output_dir", "other", "--seed", "3") == 0
+    assert Path("other/world/rows.txt").read_text().startswith("3")
+    assert Path("out/world/rows.txt").read_text().startswith("1")
+
+
+def test_an_interrupted_stage_is_moved_aside(capsys):
+    pipeline(WORLD, {**SFT, "arguments": {"model.interrupt_at": 1}})
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the power went out"):
+            run()
+    pipeline(WORLD, SFT)
+    assert run() == 0
+    shown = capsys.readouterr().out
+    assert "[2/2] sft: was interrupted; its folder is now sft.interrupted-1" in shown
+    assert "[2/2] sft: was interrupted; its folder is now sft.interrupted-2" in shown
+    assert {path.name for path in Path("out").iterdir()} == {"world", "sft", "sft.interrupted-1", "sft.interrupted-2"}
+    assert len(calls) == 1
+    assert not list(Path("out/sft.interrupted-1").glob("role*"))
+
+
+def test_a_failed_stage_is_named(capsys):
+    pipeline(WORLD, {"name": "bad", "run": "tests.test_pipeline:fail"})
+    assert fails(capsys) == (1, "stage bad: there is too little data; give more rows.")
+    assert not Path("out/bad/done.json").exists()
+    with pytest.raises(RuntimeError, match="a defect"):
+        run("--set", "bad.how=other")
+
+
+def test_errors_of_a_fit_stage_are_told_with_its_name(capsys):
+    pipeline({"name": "sft", "fit": "sft.yaml", "arguments": {"model.lrr": 1}})
+    assert fails(capsys) == (2, "stage sft: unknown key `model.lrr`; did you mean `lr`?")
+    pipeline({"name": "rto", "fit": "sft.yaml", "arguments": {"model.dpo": "gone"}})
+    assert fails(capsys) == (
+        1,
+        "stage rto: the dpo role gone does not exist; make it first with: rto-lightning fit --config DPO_CONFIG.yaml",
+    )
+    pipeline({"name": "rto", "run": "tests.test_pipeline:needs_dpo", "arguments": {"source": "x"}})
+    assert fails(capsys) == (1, "stage rto: no dpo role.")
+
+
+def test_set_overrides_arguments():
+    pipeline(WORLD, SFT)
+    assert run("--set", "world.rows=2", "world.rate=1e-3", "--set", "sft.model.backbone.model={world}") == 0
+    assert calls == [("world", 1, 2, 0.001, None)]
+    assert json.loads(Path("out/sft/role/role.json").read_text())["model"] == str(Path("out/world").resolve())
+
+
+def test_function_arguments_are_converted_to_their_annotations():
+    pipeline({**WORLD, "arguments": {"size.width": 8, "rate": 1}})
+    assert run() == 0
+    assert calls == [("world", 1, 3, 1.0, Size(width=8))]
+    write("conf/pipeline.yaml", Path("conf/pipeline.yaml").read_text().replace("rate: 1", "rate: 1e-4"))
+    assert run("--output_dir", "two") == 0
+    assert math.isclose(calls[-1][3], 1e-4)
+
+
+def test_it_works_under_any_working_directory(monkeypatch, tmp_path):
+    pipeline(WORLD, SFT)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert main(["pipeline", "--config", "../conf/pipeline.yaml", "--output_dir", "../out"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run() == 0
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"stages": [WORLD], "sede": 1}, "unknown key `sede`; known: stages, output_dir, seed."),
+        ({"output_dir": "out"}, "the key `stages` is missing."),
+        ({"stages": []}, "`stages` is empty; give at least one stage."),
+        ({"stages": [WORLD], "seed": "one"}, "`seed` must be a whole number, not 'one'."),
+        (
+            {"stages": [{**WORLD, "argument": {}}]},
+            "stage 1 (world): unknown key `argument`; known: name, fit, run, arguments.",
+        ),
+        ({"stages": ["world"]}, "stage 1 must be a mapping with `name` and `fit` or `run`, not 'world'."),
+        ({"stages": [{"run": "a:b"}]}, "stage 1: the key `name` is missing."),
+        (
+            {"stages": [{"name": "a/b", "run": "a:b"}]},
+            "stage 1 (a/b): `name` may hold letters, digits, - and _ only, as it names a folder.",
+        ),
+        (
+            {"stages": [WORLD, WORLD]},
+            "stage 2 (world): an earlier stage has the same name; names must differ.",
+        ),
+        (
+            {"stages": [{"name": "a"}]},
+            "stage 1 (a): give either `fit` (a configuration file) or `run` (module:function).",
+        ),
+        (
+            {"stages": [{"name": "a", "fit": "none.yaml"}]},
+            "stage 1 (a): the file conf/none.yaml of `fit` does not exist.",
+        ),
+        (
+            {"stages": [{"name": "a", "run": "module"}]},
+            "stage 1 (a): `run` must have the form module:function, not module.",
+        ),
+        (
+            {"stages": [SFT, WORLD]},
+            "stage 1 (sft): `model.backbone.model` names {world}, no earlier stage (earlier: none).",
+        ),
+        (
+            {"stages": [{**WORLD, "arguments": {"size": {"width": ["{wrld}"]}}}]},
+            "stage 1 (world): `size` names {wrld}, no earlier stage (earlier: none).",
+        ),
+    ],
+)
+def test_mistakes_in_the_file(capsys, content, sentence):
+    write("conf/pipeline.yaml", content)
+    status, error = fails(capsys)
+    assert status == 2
+    assert error == f"conf/pipeline.yaml: {sentence}"
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "sentence"),
+    [
+        (
+            {"run": "tests.nowhere:f"},
+            "stage a: `run: tests.nowhere:f`: there is no module tests.nowhere.",
+        ),
+        (
+            {"run": "tests.test_pipeline:f"},
+            "stage a: `run: tests.test_pipeline:f`: the module tests.test_pipeline has no function f.",
+        ),
+        (
+            {"run": "tests.test_pipeline:make_world", "arguments": {"rosw": 1}},
+            "stage a: arguments of tests.test_pipeline:make_world: unknown key `rosw`; did you mean `rows`?",
+        ),
+        (
+            {"run": "tests.test_pipeline:make_world", "arguments": {"rows": "many"}},
+            "stage a: arguments of tests.test_pipeline:make_world: `rows` must be a whole number, not many.",
+        ),
+        (
+            {"run": "tests.test_pipeline:copy"},
+            "stage a: arguments of tests.test_pipeline:copy: `source` is not set.",
+        ),
+    ],
+)
+def test_functions_that_cannot_be_called(capsys, stage, sentence):
+    pipeline({"name": "a", **stage})
+    assert fails(capsys) == (2, sentence)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--set", "world"], "--set world: must have the form STAGE.KEY=VALUE."),
+        (["--set", "wrld.rows=1"], "--set wrld.rows=1: there is no stage `wrld`; stages: world."),
+        (
+            ["--set", "world.rows={sft}"],
+            "--set: stage world: `rows` names {sft}, no earlier stage (earlier: none).",
+        ),
+        (
+            ["--seed", "x"],
+            "argument --seed: invalid int value: 'x'; `rto-lightning pipeline --help` lists the options.",
+        ),
+        (
+            ["--bar"],
+            "unrecognized arguments: --bar; `rto-lightning pipeline --help` lists the options.",
+        ),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, args, sentence):
+    pipeline(WORLD)
+    assert fails(capsys, *args) == (2, sentence)
+    assert not Path("out").exists()
+
+
+def test_a_broken_record(capsys):
+    pipeline(WORLD)
+    run()
+    Path("out/world/done.json").write_text("{")
+    status, error = fails(capsys)
+    assert status == 1
+    assert error.endswith(f"is no record of a finished stage; remove {Path('out').resolve()}/world to make it again.")
+
+
+def test_the_table():
+    results = [StageResult("world", 1.26, "done before"), StageResult("reward_model", 100.0, "done now")]
+    assert format_results(results).splitlines() == [
+        "",
+        "stage         seconds  state",
+        "world             1.3  done before",
+        "reward_model    100.0  done now",
+        "now             100.0",
+    ]
