@@ -7,6 +7,7 @@ The folder of a stage is `trainer.default_root_dir`. It receives
     tensorboard/<run>/  events for `tensorboard --logdir`
     metrics/<run>/      the same figures as metrics.csv
     role/               the trained role, once training has ended
+    predictions.jsonl   the answers of `predict`
 
 where <run> is `fit`, or `fit-2` if the folder holds an earlier run; likewise for the other commands.
 """
@@ -28,12 +29,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from rto_lightning.callbacks import PhaseProgressBar, SaveRole
+from rto_lightning.callbacks import PhaseProgressBar, SaveRole, WritePredictions
 from rto_lightning.config_errors import ConfigurationError, explain
 from rto_lightning.errors import UserError
 
 ROLE_FOLDER = "role"
 """Name of the trained role inside a stage's folder."""
+
+PREDICTIONS_FILE = "predictions.jsonl"
+"""Name of the answers that `predict` writes into a stage's folder."""
 
 _KEYWORD_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
@@ -197,6 +201,8 @@ class RTOCLI(LightningCLI):
                 directory = root / "checkpoints"
                 callbacks.append(ModelCheckpoint(directory, save_last="link", enable_version_counter=not resumed))
             callbacks.append(SaveRole(root / ROLE_FOLDER))
+        if self.subcommand == "predict":
+            callbacks.append(WritePredictions(root / PREDICTIONS_FILE))
         return callbacks
 
     def _accepted(self, command: str) -> list[str]:
@@ -226,6 +232,7 @@ def run(args: Sequence[str], config_files: Sequence[str]) -> None:
     Raises:
         UserError: If the settings, or the data and roles they name, cannot be used.
     """
+    quiet_libraries()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help texts of settings dataclasses
     quiet_lightning()
     try:
@@ -243,6 +250,16 @@ def quiet_lightning() -> None:
             logger.addFilter(_is_news)
     warnings.filterwarnings("ignore", message="The '.*dataloader' does not have many workers")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+
+
+def quiet_libraries() -> None:
+    """Keeps notes of the model libraries off the screen that a user of this command can do nothing about."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel package that is not needed
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

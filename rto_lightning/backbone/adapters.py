@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -72,7 +73,7 @@ class AdapterBank:
         self._add(name, config, trainable)
         assert self._peft is not None
         try:
-            result = set_peft_model_state_dict(self._peft, load_file(weights_file), adapter_name=name)
+            result: Any = set_peft_model_state_dict(self._peft, load_file(weights_file), adapter_name=name)
         except RuntimeError as error:
             raise UserError(
                 f"the adapter {folder} does not fit the base model {self.model.name_or_path}: its shapes differ."

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,7 +42,7 @@ def load_chat_tokenizer_from(
     except (OSError, ValueError) as error:
         raise _not_loadable("tokenizer", model, error) from error
     try:
-        generation = GenerationConfig.from_pretrained(model, revision=revision)
+        generation = GenerationConfig.from_pretrained(model, revision=revision or "main")
     except OSError:  # a model without generation_config.json stops at the tokenizer's EOS
         generation = GenerationConfig()
     return ChatTokenizer(tokenizer, _as_list(generation.eos_token_id), chat_template, model)
@@ -106,9 +106,10 @@ def base_fingerprint(model: PreTrainedModel) -> str:
 
     Hashed are rows of the input embedding and the last normalization, rounded to bfloat16; neither is ever quantized.
     """
-    embedding = model.get_input_embeddings().weight.detach()
+    embedding: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     rows = embedding[:: max(1, embedding.shape[0] // 64)][:64]
-    vectors = [p.detach() for p in model.get_decoder().parameters() if p.dim() == 1]
+    decoder: nn.Module = model.get_decoder()
+    vectors = [p.detach() for p in decoder.parameters() if p.dim() == 1]
     digest = hashlib.sha256()
     for tensor in (rows, *vectors[-1:]):
         digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
@@ -128,6 +129,7 @@ def _switch_dropout_off(config: Any) -> None:
 
 def _keep_quantized_weights_differentiable(model: nn.Module) -> None:
     """On CPUs with AVX512-BF16 one inference forward would repack NF4 weights into a layout without gradients."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

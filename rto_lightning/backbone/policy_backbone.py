@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rto_lightning.backbone.adapters import AdapterBank
 from rto_lightning.backbone.chat import ChatTokenizer
+from rto_lightning.backbone.heads import ScalarHead
 from rto_lightning.backbone.loading import base_fingerprint, load_causal_lm, load_chat_tokenizer_from
 from rto_lightning.backbone.logprobs import gather_logprobs
 from rto_lightning.backbone.roles import Role, RoleCard, role_folder
@@ -172,7 +173,7 @@ class PolicyBackbone(nn.Module):
         The output layer is applied to valid response positions only, in chunks; see :func:`gather_logprobs`.
 
         Returns:
-            Log-probabilities (B, T) in nats, 0 outside the response, and the entropy (B, T) of each distribution or None.
+            Log-probabilities (B, T) in nats, 0 outside the response; entropy (B, T) of each distribution, or None.
         """
         mask = sequences.response_mask
         hidden = self.response_hidden(name, sequences)
@@ -189,14 +190,15 @@ class PolicyBackbone(nn.Module):
 
     def token_values(self, name: str, sequences: Sequences) -> Tensor:
         """Value of the state before each response token, (B, T), 0 outside the response."""
-        values = self._read_head(name, self.response_hidden(name, sequences))
+        values: Tensor = self.head(name)(self.response_hidden(name, sequences))
         return torch.where(sequences.response_mask, values, torch.zeros_like(values))
 
     def sequence_scores(self, name: str, sequences: Sequences) -> Tensor:
         """Score of each prompt and response, (B,): the scalar head at the last response token."""
         hidden = self._hidden(name, sequences.input_ids, sequences.attention_mask)
         last = sequences.prompt_width + sequences.response_lengths - 1
-        return self._read_head(name, hidden[torch.arange(len(last), device=last.device), last])
+        scores: Tensor = self.head(name)(hidden[torch.arange(len(last), device=last.device), last])
+        return scores
 
     @torch.no_grad()
     def generate(
@@ -208,19 +210,18 @@ class PolicyBackbone(nn.Module):
             training = model.training
             model.eval()
             try:
-                tokens: Tensor = model.generate(
+                tokens: Tensor = model.generate(  # type: ignore[operator]
                     input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **options
                 )
                 return tokens
             finally:
                 model.train(training)
 
-    @torch.no_grad()
-    def rescale_head(self, name: str, mean: float, std: float) -> None:
-        """Change the head so that it gives (score - mean) / std."""
+    def head(self, name: str) -> ScalarHead:
+        """The scalar head of a role that has one."""
         head = self.heads[name]
-        head.bias.sub_(mean).div_(std)  # type: ignore[operator, union-attr]
-        head.weight.div_(std)  # type: ignore[operator, union-attr]
+        assert isinstance(head, ScalarHead)
+        return head
 
     # Saving -----------------------------------------------------------------------------------------------------
 
@@ -237,14 +238,14 @@ class PolicyBackbone(nn.Module):
         if role.adapter is not None:
             self.adapters.save(role.adapter, folder)
         else:
-            model = self.models[role.model]
+            model: Any = self.models[role.model]
             neutral = model.generation_config
             model.generation_config = GenerationConfig(
                 eos_token_id=list(self.chat.stop_ids),
                 pad_token_id=self.chat.pad_id,
                 bos_token_id=self.chat.tokenizer.bos_token_id,
             )
-            model.save_pretrained(folder)  # type: ignore[operator]
+            model.save_pretrained(folder)
             model.generation_config = neutral
         self.chat.tokenizer.save_pretrained(folder)
         if name in self.heads:
@@ -274,12 +275,6 @@ class PolicyBackbone(nn.Module):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _read_head(self, name: str, hidden: Tensor) -> Tensor:
-        head = self.heads[name]
-        with torch.autocast(hidden.device.type, enabled=False):
-            scores: Tensor = head(hidden.to(head.weight.dtype)).squeeze(-1)  # type: ignore[arg-type]
-        return scores
-
     def _add_on_base(self, name: str, trainable: bool) -> None:
         bank = self.adapters
         if trainable:
@@ -288,7 +283,7 @@ class PolicyBackbone(nn.Module):
 
     def _load_model(self, source: str, dtype: torch.dtype, quantized: bool = False) -> PreTrainedModel:
         model = load_causal_lm(source, self.settings, dtype, quantized, self._device)
-        rows = model.get_input_embeddings().weight.shape[0]
+        rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, index]
         if rows < len(self.chat.tokenizer):
             raise UserError(
                 f"the tokenizer of {source} has {len(self.chat.tokenizer)} tokens but its model embeds only {rows}; "
@@ -299,14 +294,11 @@ class PolicyBackbone(nn.Module):
         return model
 
     def _add_head(self, name: str, folder: Path | None, trainable: bool) -> None:
-        model = self.models[self.roles[name].model]
-        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-        head = nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=self.settings.trained_dtype)  # type: ignore[union-attr, operator]
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+        model: Any = self.models[self.roles[name].model]
+        head = ScalarHead(model.config.get_text_config().hidden_size, self.settings.trained_dtype)
         if folder is not None and (folder / HEAD_FILE).exists():
             head.load_state_dict(load_file(folder / HEAD_FILE))
-        self.heads[name] = head.requires_grad_(trainable).to(embedding.device)
+        self.heads[name] = head.requires_grad_(trainable).to(model.device)
 
     def _add_model(self, name: str, source: str | None, trainable: bool) -> None:
         dtype = self.settings.trained_dtype if trainable else self.settings.frozen_dtype
@@ -330,7 +322,8 @@ class PolicyBackbone(nn.Module):
         if card.kind == "adapter" and card.base_fingerprint != self.fingerprint:
             raise UserError(
                 f"the {name} role {source} is an adapter on {card.base_model}, but this run's base model is "
-                f"{self.settings.model}, whose weights differ; set model.backbone.model to {card.base_model} or train the role again."
+                f"{self.settings.model}, whose weights differ; set model.backbone.model to {card.base_model} or "
+                "train the role again."
             )
 
 

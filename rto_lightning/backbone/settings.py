@@ -31,7 +31,7 @@ class BackboneSettings:
     revision: str | None = None
     """Branch, tag or commit of the hub model."""
     mode: Literal["adapters", "full"] = "adapters"
-    """`adapters` trains LoRA adapters on one frozen base; `full` trains a copy of every weight for each trained role."""
+    """`adapters` trains LoRA adapters on one frozen base; `full` trains a copy of all weights for each trained role."""
     init: str | None = None
     """Saved SFT role from which policy and reference start; without it they start as the base model."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -47,7 +47,7 @@ class BackboneSettings:
     logprob_chunk_tokens: int = 1024
     """Response tokens whose logits exist at a time; bounds memory to this many times the vocabulary size."""
     chat_template: str | None = None
-    """Jinja text or file that replaces the tokenizer's chat template; `plain` uses the text of the messages as it is."""
+    """Jinja text or file that replaces the tokenizer's chat template; `plain` takes the messages' text as it is."""
     trust_remote_code: bool = False
     """Let the model folder run its own Python code. Leave off unless you have read that code."""
 

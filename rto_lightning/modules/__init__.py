@@ -1,4 +1,4 @@
-"""The stages as LightningModules: SFT, preference (DPO), reward model, RTO. They order events; the maths is elsewhere."""
+"""The stages as LightningModules: SFT, preference (DPO), reward model, RTO. They order events; others do the maths."""
 
 from rto_lightning.modules.preference import PreferenceModule
 from rto_lightning.modules.reward_model import RewardModelModule

@@ -17,9 +17,9 @@ class Phases:
     @contextmanager
     def phase(self, name: str, trainer: Trainer) -> Iterator[None]:
         """Time what happens within, and tell the progress bar if it has a place for it (`show_phase`)."""
-        bar = trainer.progress_bar_callback
-        if hasattr(bar, "show_phase"):
-            bar.show_phase(name, self._samples_per_second)
+        show_phase = getattr(trainer.progress_bar_callback, "show_phase", None)
+        if show_phase is not None:
+            show_phase(name, self._samples_per_second)
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start

@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from rto_lightning.algorithms import (
     adaptive_kl_coefficient,
@@ -46,7 +45,7 @@ class RTOModule(StageModule):
     returns the answers.
 
     Args:
-        backbone: The base model and its adapters; `backbone.init` is the SFT adapter that policy and reference start from.
+        backbone: The base model and its adapters. Policy and reference start as `backbone.init`, or the base.
         trained: Saved policy role to test, to predict with, or to train further. The reference stays where it is.
         dpo: Saved DPO role, or a model with the same vocabulary, that gives the token rewards.
         dpo_reference: What the DPO role was trained against; null is the reference.
@@ -91,7 +90,7 @@ class RTOModule(StageModule):
         self.seed = seed
         self.phases = Phases()
         self.reward_source: RewardSource | None = None
-        self._schedulers: dict[str, LRScheduler | ReduceLROnPlateau] = {}
+        self._schedulers: dict[str, Any] = {}
         self.register_buffer("kl_coefficient", torch.tensor(rewards.beta_2, dtype=torch.float64))
         self.register_buffer("score_mean_std", torch.full((2,), torch.nan))
         self.kl_coefficient: Tensor
@@ -180,7 +179,8 @@ class RTOModule(StageModule):
         metrics = {**experience.metrics(), **losses, "kl_coefficient": self.kl_coefficient}
         self._adapt_kl_coefficient(metrics["kl"], len(batch))
         shown = {"reward/total", "score", "kl"}
-        for name, value in {**metrics, **self.phases.finish(len(batch))}.items():
+        logged: dict[str, Tensor | float] = {**metrics, **self.phases.finish(len(batch))}
+        for name, value in logged.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=len(batch))
 
     def rollout(self, batch: PromptBatch, iteration: int) -> Trajectory:
@@ -254,7 +254,7 @@ class RTOModule(StageModule):
             for epoch in range(self.ppo.epochs)
             for rows in torch.randperm(samples, generator=self._generator(iteration, epoch)).split(size)
         ]
-        policy_optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, attr-defined]
+        policy_optimizer, critic_optimizer = self.optimizers()  # type: ignore[attr-defined]
         train_policy = iteration >= self.critic.warmup_iterations
         history: list[dict[str, Tensor]] = []
         for number, rows in enumerate(steps):
@@ -320,7 +320,7 @@ class RTOModule(StageModule):
     def _set_score_statistics(self, mean_std: Tensor) -> None:
         self.score_mean_std.copy_(mean_std)
         if self.critic.init == "reward":
-            self.backbone.rescale_head("critic", *mean_std.tolist())
+            self.backbone.head("critic").rescale(*mean_std.tolist())
 
     @torch.no_grad()
     def _scores_of_reference(self) -> Tensor:

@@ -168,9 +168,9 @@ def over_optimization(
 ) -> str | None:
     """Say whether a run won reward-model score while it lost gold reward, and None if it did not.
 
-    Both are smoothed by a moving average. Over-optimization is a fall of the gold reward, from its best to
-    the end, by more than `tolerance` of what was won until then (and of its own noise), while the score rose
-    over the same iterations. A gold reward that only ever fell has its best at the start, and counts as well.
+    Both are smoothed by a moving average. Over-optimization is a fall of the gold reward, from its best to the
+    end, by more than `tolerance` of what was won until then, while the score rose over the same iterations, both
+    by more than their noise. A gold reward that only ever fell has its best at the start, and counts as well.
 
     Args:
         curve: records with the iteration, the gold reward and the score.
@@ -184,10 +184,12 @@ def over_optimization(
         return None
     gold = _moving_average([point[keys.gold] for point in points], window)
     score = _moving_average([point[keys.score] for point in points], window)
-    noise = 2.0 * _noise([point[keys.gold] for point in points]) / math.sqrt(window)
+    # Four standard errors of an average: the peak is the best of many, and so partly luck.
+    gold_noise = 4.0 * _noise([point[keys.gold] for point in points]) / math.sqrt(window)
+    score_noise = 4.0 * _noise([point[keys.score] for point in points]) / math.sqrt(window)
     peak = max(range(len(gold)), key=gold.__getitem__)
-    lost = gold[peak] - gold[-1]
-    if lost <= max(tolerance * (gold[peak] - gold[0]), noise) or score[-1] <= score[peak]:
+    lost, won = gold[peak] - gold[-1], score[-1] - score[peak]
+    if lost <= max(tolerance * (gold[peak] - gold[0]), gold_noise) or won <= score_noise:
         return None
     iteration = points[min(peak + window // 2, len(points) - 1)][keys.iteration]
     return (

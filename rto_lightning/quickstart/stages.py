@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rto_lightning.algorithms import kl_estimate, masked_sum, token_rewards
 from rto_lightning.backbone import BackboneSettings, Message, PolicyBackbone, Sequences, load_chat_tokenizer
+from rto_lightning.modules import RTOModule
 from rto_lightning.quickstart.gold import gold_reward
 from rto_lightning.quickstart.jsonl import read_jsonl
 from rto_lightning.quickstart.preferences import sample_preferences, write_preferences
@@ -28,6 +29,7 @@ class GoldReward(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
         """After each RTO iteration."""
+        assert isinstance(pl_module, RTOModule)
         trajectory, prompts = pl_module.last_rollout
         golds = map(gold_reward, prompts, response_texts(trajectory, pl_module.chat))
         pl_module.log("train/gold", sum(golds) / len(prompts), prog_bar=True, batch_size=len(prompts))
@@ -145,19 +147,16 @@ def report(
     tokens, rewards = _token_rewards(backbone, trajectories["SFT"])
     correlation = token_correlation(messages, tokens, rewards)
     shown = [token_reward_text(messages[i], tokens[i], rewards[i]) for i in range(examples)]
-    text = "\n".join(
-        [
-            f"Held-out prompts: {len(messages) // answers_per_prompt}, {answers_per_prompt} answers each, seed {seed}.\n",
-            policy_table(rows),
-            "",
-            "\n".join(warnings) or "No over-optimization: the reward model's score and the gold reward rose together.",
-            "",
-            "Token rewards log(dpo / reference), in nats, on answers of the SFT model beside the gold weight of each token"
-            + (f" (correlation over all tokens {correlation:.2f}):" if correlation is not None else ":"),
-            "",
-            *(f"```\n{example}\n```\n" for example in shown),
-        ]
-    )
+    prompt_count = len(messages) // answers_per_prompt
+    agreement = f", correlation over all tokens {correlation:.2f}" if correlation is not None else ""
+    paragraphs = [
+        f"{prompt_count} held-out prompts, {answers_per_prompt} answers of each policy to each, seed {seed}:",
+        policy_table(rows),
+        "\n".join(warnings) or "No over-optimization: no policy won score while it lost gold reward.",
+        f"Token rewards log(dpo / reference), in nats, on answers of the SFT model{agreement}:",
+        *(f"```\n{example}\n```" for example in shown),
+    ]
+    text = "\n\n".join(paragraphs) + "\n"
     (output_dir / "report.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nLearning curves: {figure}\nThis text: {output_dir / 'report.md'}")
 
@@ -194,5 +193,8 @@ def _token_rewards(backbone: PolicyBackbone, trajectory: Trajectory) -> tuple[li
     rewards = token_rewards(dpo, reference, sequences.response_mask, beta_1=1.0, clip=0.0)
     tokenizer = backbone.chat.tokenizer
     rows = zip(sequences.response_ids, rewards, sequences.response_mask, strict=True)
-    pairs = [(tokenizer.convert_ids_to_tokens(ids[mask].tolist()), row[mask].tolist()) for ids, row, mask in rows]
-    return [tokens for tokens, _ in pairs], [values for _, values in pairs]
+    tokens, values = [], []
+    for ids, row, mask in rows:
+        tokens.append(list(tokenizer.convert_ids_to_tokens(ids[mask].tolist())))
+        values.append(row[mask].tolist())
+    return tokens, values

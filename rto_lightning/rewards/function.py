@@ -42,7 +42,8 @@ class FunctionReward:
         for number, score in enumerate(scores):
             if not math.isfinite(score):
                 raise UserError(
-                    f"{self.name} returned {score} for response {number} ({responses[number][:60]!r}); scores must be finite."
+                    f"{self.name} returned {score} for response {number} ({responses[number][:60]!r}); "
+                    "scores must be finite."
                 )
         return torch.tensor(scores, dtype=torch.float32, device=trajectory.truncated.device)
 
@@ -64,4 +65,4 @@ def import_function(path: str, setting: str) -> RewardFunction:
         ) from error
     if not callable(function):
         raise UserError(f"{setting} {path} is not a function.")
-    return function  # type: ignore[no-any-return]
+    return function

@@ -35,7 +35,8 @@ class OutsideRewardModel(nn.Module):
             raise UserError(f"the reward model {model} could not be loaded: {str(error).splitlines()[0]}") from error
         if self.model.config.num_labels != 1:
             raise UserError(
-                f"the reward model {model} has {self.model.config.num_labels} labels; one that gives a single score is needed."
+                f"the reward model {model} has {self.model.config.num_labels} labels; "
+                "one that gives a single score is needed."
             )
         # The model's own head chooses the position it was trained on, the last token that is not padding.
         if self.model.config.pad_token_id is None:

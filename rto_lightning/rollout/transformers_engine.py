@@ -17,7 +17,7 @@ class RolloutSettings:
     max_new_tokens: int = 256
     """Length limit of a response in tokens, the stop id included."""
     temperature: float = 1.0
-    """Divides the policy's logits; the KL reference is read at the same temperature. 0 is greedy, for `predict` only."""
+    """Divides the policy's logits, and those of the KL reference. 0 is greedy, for `predict` only."""
     batch_size: int | None = None
     """Prompts that are sampled at a time; null takes all prompts of the iteration at once."""
 

@@ -116,7 +116,7 @@ def test_scores_read_the_last_response_token(tiny_model):
             ids = sequences.input_ids[row][keep][None]
             with backbone.play("reward") as model:
                 hidden = model.get_decoder()(ids).last_hidden_state
-            expected = backbone.heads["reward"](hidden[:, -1]).squeeze()
+            expected = backbone.head("reward")(hidden[0, -1])
             torch.testing.assert_close(together[row], expected, rtol=0, atol=1e-12)
 
 
@@ -142,7 +142,7 @@ def test_critic_from_the_reward_role_in_normalised_units(tiny_model, mode):
     backbone.add_role("reward", trainable=True, scalar_head=True)
     randomize(backbone.trained_parameters("reward"))
     backbone.copy_role("reward", "critic", trainable=True, scalar_head=True)
-    backbone.rescale_head("critic", mean=2.0, std=4.0)
+    backbone.head("critic").rescale(mean=2.0, std=4.0)
     sequences = some_sequences()
     with torch.no_grad():
         scores = backbone.sequence_scores("reward", sequences)

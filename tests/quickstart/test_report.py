@@ -1,6 +1,7 @@
 """The quickstart's table, curves and token rewards."""
 
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,10 @@ def test_noise_is_not_over_optimization() -> None:
     noisy = [1.0 + (0.3 if i % 2 else -0.3) for i in range(40)]
     assert over_optimization(curve(noisy, [0.01 * i for i in range(40)])) is None
     assert over_optimization(curve([1.0, 0.0], [0.0, 1.0])) is None
+    rng = random.Random(0)
+    for _ in range(20):
+        flat = curve([rng.gauss(0.6, 0.12) for _ in range(60)], [rng.gauss(0.6, 0.06) for _ in range(60)])
+        assert over_optimization(flat) is None
 
 
 def test_learning_curves_are_a_png(tmp_path: Path) -> None:

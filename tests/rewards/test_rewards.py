@@ -84,5 +84,5 @@ def test_source_is_chosen_by_what_the_folder_holds(tiny_model, tmp_path):
 def test_score_statistics():
     mean, std = score_statistics(torch.tensor([1.0, 3.0]), "it").tolist()
     assert (mean, std) == (2.0, 1.0)
-    with pytest.raises(UserError, match="the score 4.0"):
+    with pytest.raises(UserError, match=r"the score 4\.0"):
         score_statistics(torch.tensor([4.0, 4.0]), "it")

@@ -29,7 +29,7 @@ def _responses(trajectory):
 
 
 def test_samples_follow_the_softmax():
-    """Chi-squared over 20,000 draws from one distribution; the bound is the 0.9999 quantile for 5 degrees of freedom."""
+    """Chi-squared over 20,000 draws; the bound is the 0.9999 quantile for 5 degrees of freedom."""
     logits = torch.tensor([0.3, -1.0, 1.2, 0.0, -torch.inf, 0.5, -0.4])
     draws = 20_000
     processor = SeededSampling(list(range(draws)), max_new_tokens=1, temperature=0.8)
