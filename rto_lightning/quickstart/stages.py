@@ -70,9 +70,9 @@ def make_preferences(
     model: str,
     prompts: str,
     pairs: int = 6000,
-    validation_pairs: int = 300,
-    temperature: float = 1.0,
-    max_new_tokens: int = 32,
+    validation_pairs: int = 400,
+    temperature: float = 0.5,
+    max_new_tokens: int = 36,
 ) -> None:
     """Sample pairs of answers from a model and let the Bradley-Terry judge label them by gold reward.
 
@@ -105,7 +105,7 @@ def report(
     ppo: str,
     rto: str,
     prompts: str,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 36,
     answers_per_prompt: int = 4,
     examples: int = 3,
 ) -> None:
