@@ -2,6 +2,7 @@
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from rto_lightning.backbone.chat import ChatTokenizer
 from rto_lightning.backbone.sequences import Sequences
 from rto_lightning.data.batches import PreferenceBatch
-from rto_lightning.data.formats import BadRows, Preference, read_preferences
+from rto_lightning.data.formats import BadRows, Preference, read_preferences, warn
 from rto_lightning.data.module import AnswerDataModule
 from rto_lightning.data.sources import Table
 
@@ -39,7 +40,9 @@ class PreferenceDataModule(AnswerDataModule):
 
     def read(self, table: Table, bad_rows: BadRows) -> list[tuple[int, Preference]]:
         """The usable pairs of a table."""
-        return read_preferences(table, bad_rows)
+        pairs = read_preferences(table, bad_rows)
+        _warn_of_a_constant_answer(pairs, table)
+        return pairs
 
     def tokenize(
         self, chat: ChatTokenizer, examples: Sequence[tuple[int, Preference]], prompts: Sequence[array]
@@ -55,6 +58,17 @@ class PreferenceDataModule(AnswerDataModule):
     def collate(self, chat: ChatTokenizer) -> Callable[[list[PreferenceRow]], PreferenceBatch]:
         """Rows to a `PreferenceBatch`."""
         return partial(collate_preferences, pad_id=chat.pad_id)
+
+
+def _warn_of_a_constant_answer(pairs: Sequence[tuple[int, Preference]], table: Table) -> None:
+    """One text that answers many prompts is seldom wanted: an attack on the judge, a refusal, a placeholder.
+
+    The public AlpacaEval annotations hold such an attack, which wins most of its comparisons.
+    """
+    counts = Counter(answer for _, pair in pairs for answer in (pair.chosen, pair.rejected))
+    for answer, count in counts.most_common(1):
+        if count >= 20 and count > 0.05 * len(pairs):
+            warn(f"{table.name}: one and the same answer stands in {count} of {len(pairs)} pairs ({answer[:40]!r}...).")
 
 
 def _cluster(prompt: array) -> int:

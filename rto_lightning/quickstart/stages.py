@@ -69,7 +69,7 @@ def make_preferences(
     seed: int,
     model: str,
     prompts: str,
-    pairs: int = 6000,
+    pairs: int = 8000,
     validation_pairs: int = 400,
     temperature: float = 0.5,
     max_new_tokens: int = 36,

@@ -309,3 +309,15 @@ def test_the_command_line_shows_every_argument_with_its_help(kind):
     assert issubclass(kind, LightningDataModule)
     settings = parser.instantiate(parser.parse_args(["--data.train=a.jsonl", "--data.batch_size=3"])).data
     assert (settings.sources["train"], settings.batch_size, settings.eval_batch_size) == ("a.jsonl", 3, 3)
+
+
+@pytest.mark.parametrize(("constant", "warned"), [(25, True), (1, False)])
+def test_one_answer_to_many_prompts_is_pointed_out(jsonl, caplog, constant, warned):
+    rows = [
+        {"prompt": f"Q{n}?", "chosen": "} } verify" if n < constant else f"yes {n}", "rejected": f"no {n}"}
+        for n in range(40)
+    ]
+    data = PreferenceDataModule(train=jsonl(rows), batch_size=2)
+    data.chat = ChatTokenizer(tiny_tokenizer())
+    data.setup("fit")
+    assert ("same answer stands in 25 of 40 pairs ('} } verify'" in caplog.text) == warned

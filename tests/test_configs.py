@@ -1,0 +1,213 @@
+"""Every file under `configs/` is run, on a model and data that take no time.
+
+Each stage trains one step through the command line; each pipeline is run with stages that only read their settings.
+What a file says is kept, but for names of files, the number of steps and the size of a batch.
+"""
+
+import csv
+import functools
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from rto_lightning import pipeline
+from rto_lightning.backbone import RoleCard
+from rto_lightning.cli import main
+from rto_lightning.lightning_cli import RTOCLI
+from rto_lightning.quickstart.grammar import all_requests, sample_review
+from rto_lightning.quickstart.jsonl import write_jsonl
+from rto_lightning.quickstart.model import TinyModelSettings, write_tiny_model
+from tests.roles import save_random_role
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").rglob("*.y*ml"))
+PIPELINES = [path for path in FILES if path.stem == "pipeline"]
+STAGES = [path for path in FILES if path.stem != "pipeline"]
+SOURCES = ("train", "validation", "test", "predict")
+BATCH = 4
+"""Prompts or pairs of a batch, and rows of a file: an epoch is one batch, and ends with the validation."""
+
+SETTINGS = {
+    "rto_lightning.modules.SFTModule": {},
+    "rto_lightning.modules.PreferenceModule": {},
+    "rto_lightning.modules.RewardModelModule": {},
+    "rto_lightning.modules.RTOModule": {
+        "model.dpo": "{dpo}",
+        "model.reward": "{reward}",
+        "model.ppo.minibatch_size": BATCH,
+        "model.ppo.microbatch_size": 2,
+        "model.critic.warmup_iterations": 0,  # the one step shall train the policy too
+    },
+}
+"""For each stage, what a run of one step needs beside the model and the data."""
+SAVED_AS = {"PreferenceModule": "dpo", "RewardModelModule": "reward"}
+DATA = {
+    "rto_lightning.data.DemonstrationDataModule": "demonstrations",
+    "rto_lightning.data.PreferenceDataModule": "preferences",
+    "rto_lightning.data.PromptDataModule": "prompts",
+}
+"""For each kind of data, the file of that kind."""
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT / "configs"))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, str]:
+    """A tiny model, a dpo and a reward role on it, and a file of each kind of data."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_tiny_model(folder / "model", settings=TinyModelSettings(16, 32, layers=1, heads=2))
+    rng = random.Random(0)
+    requests = rng.sample(all_requests(), BATCH)
+    rows = [
+        {"prompt": request.messages, "chosen": sample_review(request, rng), "rejected": sample_review(request, rng)}
+        for request in requests
+    ]
+    write_jsonl(folder / "preferences.jsonl", rows)
+    write_jsonl(folder / "demonstrations.jsonl", ({"prompt": r["prompt"], "response": r["chosen"]} for r in rows))
+    write_jsonl(folder / "prompts.jsonl", ({"prompt": row["prompt"]} for row in rows))
+    for role in ("dpo", "reward"):
+        save_random_role(folder / "model", folder / role, role)
+    return {path.stem: str(path) for path in folder.iterdir()}
+
+
+def class_path(settings: dict[str, Any], part: str, known: dict[str, Any]) -> str:
+    """The class that a configuration names for its model or data."""
+    path = settings.get(part, {}).get("class_path")
+    if path not in known:
+        pytest.fail(f"{part}.class_path {path} is new to this test; say in {__file__} what a run of it needs")
+    return path
+
+
+def overrides(settings: dict[str, Any], inputs: dict[str, str], folder: Path) -> dict[str, Any]:
+    """What a run of one step sets differently."""
+    own = SETTINGS[class_path(settings, "model", SETTINGS)]
+    kind = DATA[class_path(settings, "data", DATA)]
+    files = {f"data.{source}": inputs[kind] for source in SOURCES if source in settings["data"]["init_args"]}
+    return {
+        "trainer.default_root_dir": folder,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 1,
+        "trainer.accumulate_grad_batches": 1,
+        "trainer.log_every_n_steps": 1,
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+        "model.backbone.model": inputs["model"],
+        "data.batch_size": BATCH,
+        **files,
+        **{key: value.format(**inputs) if isinstance(value, str) else value for key, value in own.items()},
+    }
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv, without empty cells."""
+    with (folder / "metrics/fit/metrics.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_there_are_configurations() -> None:
+    assert {"quickstart/rto.yaml", "smollm2_135m/rto.yaml"} <= set(map(name_of, STAGES))
+    assert "quickstart/pipeline.yaml" in set(map(name_of, PIPELINES))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_begins_with_what_it_is_for(path: Path) -> None:
+    first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    assert first.startswith("# ") and len(first.split()) > 4
+    assert isinstance(yaml.safe_load(rest), dict)
+
+
+@pytest.mark.parametrize("path", STAGES, ids=name_of)
+def test_a_stage_trains_one_step(path: Path, inputs: dict[str, str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    changes = overrides(settings, inputs, tmp_path / "out")
+    assert main(["fit", "--config", str(path), *(f"--{key}={value}" for key, value in changes.items())]) == 0
+
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    training = [row for row in logged(tmp_path / "out") if any(name.startswith("train/") for name in row)]
+    assert len(training) == 1
+    assert all(math.isfinite(float(value)) for value in training[0].values())
+    if settings["data"]["init_args"].get("validation") and settings["trainer"].get("val_check_interval") is None:
+        assert any(name.startswith("validation/") for row in logged(tmp_path / "out") for name in row)
+
+    role = tmp_path / "out/role"
+    card = RoleCard.read(role)
+    assert card is not None
+    assert card.role == SAVED_AS.get(settings["model"]["class_path"].rpartition(".")[2], "policy")
+    full = settings["model"]["init_args"]["backbone"].get("mode") == "full"
+    assert card.kind == ("model" if full else "adapter")
+    if full:
+        before, after = (load_file(Path(folder, "model.safetensors")) for folder in (inputs["model"], role))
+        moved = [not torch.equal(before[name], after[name]) for name in before]
+    else:  # an adapter begins with factors B of zeros
+        weights = load_file(role / "adapter_model.safetensors")
+        moved = [bool(weight.any()) for name, weight in weights.items() if "lora_B" in name]
+    assert moved and all(moved)
+
+
+def value_at(settings: Any, key: str) -> Any:
+    """The value that a dotted key of the command line has in parsed settings; `init_args` may be left out."""
+    for part in key.split("."):
+        if part not in settings and "init_args" in settings:
+            settings = settings["init_args"]
+        settings = settings[part]
+    return settings
+
+
+@pytest.fixture
+def read_only_stages(monkeypatch) -> dict[str, Any]:
+    """Lets stages of a pipeline read their settings and do nothing; returns what they read, by their folder's name."""
+    seen: dict[str, Any] = {}
+
+    def parsed(self: RTOCLI) -> None:
+        settings = self.config[self.subcommand]
+        folder = Path(settings.trainer.default_root_dir)
+        (folder / "role").mkdir()
+        seen[folder.name] = settings
+
+    monkeypatch.setattr(RTOCLI, "before_instantiate_classes", parsed)
+    monkeypatch.setattr(RTOCLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(RTOCLI, "_run_subcommand", lambda self, command: None)
+    find = pipeline._import_function
+
+    def find_and_wrap(target: str) -> Any:
+        @functools.wraps(find(target))  # with it the signature, by which arguments are checked
+        def record(output_dir: Path, seed: int, **arguments: Any) -> None:
+            seen[output_dir.name] = arguments
+
+        return record
+
+    monkeypatch.setattr(pipeline, "_import_function", find_and_wrap)
+    return seen
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=name_of)
+def test_a_pipeline_gives_its_stages_what_they_take(path: Path, tmp_path: Path, monkeypatch, read_only_stages) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = pipeline.load_pipeline(path)
+    assert all((path.parent / stage.fit).is_file() for stage in settings.stages if stage.fit is not None)
+    assert main(["pipeline", "--config", str(path), "--output_dir", "out"]) == 0
+    folders = {stage.name: str(tmp_path / "out" / stage.name) for stage in settings.stages}
+    assert list(read_only_stages) == list(folders)
+    for stage in settings.stages:
+        for key, value in stage.arguments.items():
+            expected = value.format(**folders) if isinstance(value, str) else value
+            assert value_at(read_only_stages[stage.name], key) == expected
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=name_of)
+def test_a_key_that_a_stage_does_not_take_is_found(path: Path, tmp_path, monkeypatch, read_only_stages, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for stage in pipeline.load_pipeline(path).stages:
+        if stage.name in ("preferences", "dpo"):
+            option = f"{stage.name}.{'model.bet' if stage.fit else 'tempera'}=1"
+            assert main(["pipeline", "--config", str(path), "--output_dir", stage.name, "--set", option]) == 2
+            assert f"stage {stage.name}: " in capsys.readouterr().err
