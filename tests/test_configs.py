@@ -16,10 +16,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rto_lightning import pipeline
 from rto_lightning.backbone import RoleCard
-from rto_lightning.cli import main
-from rto_lightning.lightning_cli import RTOCLI
+from rto_lightning.cli import main, pipeline
+from rto_lightning.cli.lightning_cli import RTOCLI
+from rto_lightning.cli.pipeline_settings import load_pipeline
 from rto_lightning.quickstart.grammar import all_requests, sample_review
 from rto_lightning.quickstart.jsonl import write_jsonl
 from rto_lightning.quickstart.model import TinyModelSettings, write_tiny_model
@@ -90,6 +90,7 @@ def overrides(settings: dict[str, Any], inputs: dict[str, str], folder: Path) ->
     """What a run of one step sets differently."""
     own = SETTINGS[class_path(settings, "model", SETTINGS)]
     kind = DATA[class_path(settings, "data", DATA)]
+    looks = {"trainer.val_check_interval": 1} if "val_check_interval" in settings["trainer"] else {}
     files = {f"data.{source}": inputs[kind] for source in SOURCES if source in settings["data"]["init_args"]}
     return {
         "trainer.default_root_dir": folder,
@@ -101,6 +102,7 @@ def overrides(settings: dict[str, Any], inputs: dict[str, str], folder: Path) ->
         "trainer.enable_model_summary": "false",
         "model.backbone.model": inputs["model"],
         "data.batch_size": BATCH,
+        **looks,
         **files,
         **{key: value.format(**inputs) if isinstance(value, str) else value for key, value in own.items()},
     }
@@ -135,22 +137,27 @@ def test_a_stage_trains_one_step(path: Path, inputs: dict[str, str], tmp_path: P
     training = [row for row in logged(tmp_path / "out") if any(name.startswith("train/") for name in row)]
     assert len(training) == 1
     assert all(math.isfinite(float(value)) for value in training[0].values())
-    if settings["data"]["init_args"].get("validation") and settings["trainer"].get("val_check_interval") is None:
+    if "validation" in settings["data"]["init_args"]:
         assert any(name.startswith("validation/") for row in logged(tmp_path / "out") for name in row)
 
     role = tmp_path / "out/role"
     card = RoleCard.read(role)
     assert card is not None
     assert card.role == SAVED_AS.get(settings["model"]["class_path"].rpartition(".")[2], "policy")
-    full = settings["model"]["init_args"]["backbone"].get("mode") == "full"
-    assert card.kind == ("model" if full else "adapter")
-    if full:
-        before, after = (load_file(Path(folder, "model.safetensors")) for folder in (inputs["model"], role))
-        moved = [not torch.equal(before[name], after[name]) for name in before]
-    else:  # an adapter begins with factors B of zeros
-        weights = load_file(role / "adapter_model.safetensors")
-        moved = [bool(weight.any()) for name, weight in weights.items() if "lora_B" in name]
+    assert card.kind == ("model" if settings["model"]["init_args"]["backbone"].get("mode") == "full" else "adapter")
+    moved = movements(role, Path(inputs["model"]))
     assert moved and all(moved)
+
+
+def movements(role: Path, base: Path) -> list[bool]:
+    """Whether the weights that can move in a first step did."""
+    if (role / "head.safetensors").exists():  # of zeros at first, so that what is below it gets no gradient
+        return [bool(load_file(role / "head.safetensors")["weight"].any())]
+    if (role / "adapter_model.safetensors").exists():  # its factors B are zeros at first, and A gets no gradient
+        weights = load_file(role / "adapter_model.safetensors")
+        return [bool(weight.any()) for name, weight in weights.items() if "lora_B" in name]
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, role))
+    return [not torch.equal(before[name], after[name]) for name in before]
 
 
 def value_at(settings: Any, key: str) -> Any:
@@ -192,7 +199,7 @@ def read_only_stages(monkeypatch) -> dict[str, Any]:
 @pytest.mark.parametrize("path", PIPELINES, ids=name_of)
 def test_a_pipeline_gives_its_stages_what_they_take(path: Path, tmp_path: Path, monkeypatch, read_only_stages) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = pipeline.load_pipeline(path)
+    settings = load_pipeline(path)
     assert all((path.parent / stage.fit).is_file() for stage in settings.stages if stage.fit is not None)
     assert main(["pipeline", "--config", str(path), "--output_dir", "out"]) == 0
     folders = {stage.name: str(tmp_path / "out" / stage.name) for stage in settings.stages}
@@ -203,11 +210,12 @@ def test_a_pipeline_gives_its_stages_what_they_take(path: Path, tmp_path: Path, 
             assert value_at(read_only_stages[stage.name], key) == expected
 
 
-@pytest.mark.parametrize("path", PIPELINES, ids=name_of)
-def test_a_key_that_a_stage_does_not_take_is_found(path: Path, tmp_path, monkeypatch, read_only_stages, capsys) -> None:
+@pytest.mark.parametrize(("name", "option"), [("quickstart", "world.reviews=1"), ("smollm2_135m", "dpo.model.bet=1")])
+def test_a_key_that_a_stage_does_not_take_is_found(name, option, tmp_path, monkeypatch, read_only_stages, capsys):
     monkeypatch.chdir(tmp_path)
-    for stage in pipeline.load_pipeline(path).stages:
-        if stage.name in ("preferences", "dpo"):
-            option = f"{stage.name}.{'model.bet' if stage.fit else 'tempera'}=1"
-            assert main(["pipeline", "--config", str(path), "--output_dir", stage.name, "--set", option]) == 2
-            assert f"stage {stage.name}: " in capsys.readouterr().err
+    path = ROOT / "configs" / name / "pipeline.yaml"
+    assert main(["pipeline", "--config", str(path), "--output_dir", "out", "--set", option]) == 2
+    stage, _, key = option.partition("=")[0].partition(".")
+    error = capsys.readouterr().err
+    assert f"stage {stage}: " in error and f"unknown key `{key}`" in error
+    assert not read_only_stages

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from rto_lightning.callbacks import PhaseProgressBar, progress
-from tests.stub_stage import StubBackboneSettings, StubData, StubStage
+from tests.cli.stub_stage import StubBackboneSettings, StubData, StubStage
 
 
 def run(phases: bool, tmp_path, refresh_rate: int = 1, **settings) -> PhaseProgressBar:

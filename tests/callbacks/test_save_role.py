@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from rto_lightning.callbacks import SaveRole
-from tests.stub_stage import StubBackboneSettings, StubData, StubStage
+from tests.cli.stub_stage import StubBackboneSettings, StubData, StubStage
 
 
 def fit(module: LightningModule, root: Path, **settings) -> Trainer:

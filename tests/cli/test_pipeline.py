@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rto_lightning import lightning_cli
-from rto_lightning.cli import main
+from rto_lightning.cli import lightning_cli, main
+from rto_lightning.cli.pipeline import StageResult, format_results
 from rto_lightning.errors import MissingInputError, UserError
-from rto_lightning.pipeline import StageResult, format_results
-from tests.stub_stage import StubBase
+from tests.cli.stub_stage import StubBase
 
 calls: list[tuple] = []
 
@@ -52,8 +51,8 @@ def stub_stages(monkeypatch, tmp_path):
 
 
 FIT = {
-    "model": {"class_path": "tests.stub_stage.StubStage", "init_args": {"backbone": {"model": "m"}}},
-    "data": {"class_path": "tests.stub_stage.StubData"},
+    "model": {"class_path": "tests.cli.stub_stage.StubStage", "init_args": {"backbone": {"model": "m"}}},
+    "data": {"class_path": "tests.cli.stub_stage.StubData"},
     "trainer": {
         "max_steps": 2,
         "accelerator": "cpu",
@@ -62,7 +61,7 @@ FIT = {
         "num_sanity_val_steps": 0,
     },
 }
-WORLD = {"name": "world", "run": "tests.test_pipeline:make_world", "arguments": {"rows": 5}}
+WORLD = {"name": "world", "run": "tests.cli.test_pipeline:make_world", "arguments": {"rows": 5}}
 SFT = {
     "name": "sft",
     "fit": "sft.yaml",
@@ -70,7 +69,7 @@ SFT = {
 }
 COPY = {
     "name": "copy",
-    "run": "tests.test_pipeline:copy",
+    "run": "tests.cli.test_pipeline:copy",
     "arguments": {"source": "{sft}/role/role.json", "note": "{{ jinja }}"},
 }
 
@@ -143,7 +142,7 @@ def test_a_new_stage_runs_on_what_is_done():
         (lambda: pipeline({**WORLD, "arguments": {"rows": 6}}, SFT), "world (other arguments: rows); sft"),
         (lambda: write("conf/sft.yaml", yaml.safe_dump(FIT) + "# x\n"), "sft (its configuration file has changed)"),
         (lambda: pipeline(WORLD, SFT, seed=2), "world (seed 1, not 2); sft (seed 1, not 2"),
-        (lambda: pipeline({**WORLD, "run": "tests.test_pipeline:copy"}, SFT), "world (`run` was tests."),
+        (lambda: pipeline({**WORLD, "run": "tests.cli.test_pipeline:copy"}, SFT), "world (`run` was tests."),
     ],
 )
 def test_a_stage_made_from_other_inputs_is_refused(capsys, change, difference):
@@ -197,7 +196,7 @@ def test_an_interrupted_stage_is_moved_aside(capsys):
 
 
 def test_a_failed_stage_is_named(capsys):
-    pipeline(WORLD, {"name": "bad", "run": "tests.test_pipeline:fail"})
+    pipeline(WORLD, {"name": "bad", "run": "tests.cli.test_pipeline:fail"})
     assert fails(capsys) == (1, "stage bad: there is too little data; give more rows.")
     assert not Path("out/bad/done.json").exists()
     with pytest.raises(RuntimeError, match="a defect"):
@@ -212,7 +211,7 @@ def test_errors_of_a_fit_stage_are_told_with_its_name(capsys):
         1,
         "stage rto: the dpo role gone does not exist; make it first with: rto-lightning fit --config DPO_CONFIG.yaml",
     )
-    pipeline({"name": "rto", "run": "tests.test_pipeline:needs_dpo", "arguments": {"source": "x"}})
+    pipeline({"name": "rto", "run": "tests.cli.test_pipeline:needs_dpo", "arguments": {"source": "x"}})
     assert fails(capsys) == (1, "stage rto: no dpo role.")
 
 
@@ -301,20 +300,20 @@ def test_mistakes_in_the_file(capsys, content, sentence):
             "stage a: `run: tests.nowhere:f`: there is no module tests.nowhere.",
         ),
         (
-            {"run": "tests.test_pipeline:f"},
-            "stage a: `run: tests.test_pipeline:f`: the module tests.test_pipeline has no function f.",
+            {"run": "tests.cli.test_pipeline:f"},
+            "stage a: `run: tests.cli.test_pipeline:f`: the module tests.cli.test_pipeline has no function f.",
         ),
         (
-            {"run": "tests.test_pipeline:make_world", "arguments": {"rosw": 1}},
-            "stage a: arguments of tests.test_pipeline:make_world: unknown key `rosw`; did you mean `rows`?",
+            {"run": "tests.cli.test_pipeline:make_world", "arguments": {"rosw": 1}},
+            "stage a: arguments of tests.cli.test_pipeline:make_world: unknown key `rosw`; did you mean `rows`?",
         ),
         (
-            {"run": "tests.test_pipeline:make_world", "arguments": {"rows": "many"}},
-            "stage a: arguments of tests.test_pipeline:make_world: `rows` must be a whole number, not many.",
+            {"run": "tests.cli.test_pipeline:make_world", "arguments": {"rows": "many"}},
+            "stage a: arguments of tests.cli.test_pipeline:make_world: `rows` must be a whole number, not many.",
         ),
         (
-            {"run": "tests.test_pipeline:copy"},
-            "stage a: arguments of tests.test_pipeline:copy: `source` is not set.",
+            {"run": "tests.cli.test_pipeline:copy"},
+            "stage a: arguments of tests.cli.test_pipeline:copy: `source` is not set.",
         ),
     ],
 )

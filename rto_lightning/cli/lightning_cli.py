@@ -30,7 +30,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rto_lightning.callbacks import PhaseProgressBar, SaveRole, WritePredictions
-from rto_lightning.config_errors import ConfigurationError, explain
+from rto_lightning.cli.config_errors import ConfigurationError, explain
 from rto_lightning.errors import UserError
 
 ROLE_FOLDER = "role"

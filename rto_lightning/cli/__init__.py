@@ -6,12 +6,10 @@ only once it is needed, so that help, version and misspelled paths are answered 
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from rto_lightning.config_errors import ConfigurationError, check_config_files
-from rto_lightning.errors import MissingInputError, UserError
-
-STAGE_COMMANDS = ("fit", "validate", "test", "predict")
+from rto_lightning.cli.config_errors import ConfigurationError
+from rto_lightning.cli.stage import STAGE_COMMANDS, run_stage
+from rto_lightning.errors import UserError
 
 USAGE = """\
 usage: rto-lightning COMMAND [options]
@@ -50,48 +48,6 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_stage(args: Sequence[str]) -> None:
-    """Runs one stage in this process.
-
-    Args:
-        args: A command of `STAGE_COMMANDS` and its options, as on the command line.
-
-    Raises:
-        UserError: For every mistake that the user can cure, already told as one sentence.
-    """
-    config_files = given_config_files(args)
-    check_config_files(config_files)
-    from rto_lightning.lightning_cli import run
-
-    try:
-        run(args, config_files)
-    except MissingInputError as error:
-        raise UserError(with_command(error, config_files)) from error
-
-
-def given_config_files(args: Sequence[str]) -> list[str]:
-    """The values of every `--config` (or `-c`) among command-line arguments, in their order."""
-    files = []
-    for position, argument in enumerate(args):
-        name, equals, value = argument.partition("=")
-        if name in ("--config", "-c"):
-            if equals:
-                files.append(value)
-            elif position + 1 < len(args):
-                files.append(args[position + 1])
-    return files
-
-
-def with_command(error: MissingInputError, config_files: Sequence[str]) -> str:
-    """Adds to the sentence of a `MissingInputError` the command that makes the input.
-
-    The configuration `<stage>.yaml` is looked for beside the files in use, the last file first.
-    """
-    beside = (Path(name).parent / f"{error.stage}.yaml" for name in reversed(config_files))
-    config = next((str(path) for path in beside if path.is_file()), f"{error.stage.upper()}_CONFIG.yaml")
-    return f"{str(error).rstrip('.')}; make it first with: rto-lightning fit --config {config}"
-
-
 def _dispatch(arguments: list[str]) -> None:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
@@ -101,7 +57,7 @@ def _dispatch(arguments: list[str]) -> None:
 
         print(f"rto-lightning {version('rto-lightning')}")
     elif command == "pipeline":
-        from rto_lightning.pipeline import main as pipeline_main
+        from rto_lightning.cli.pipeline import main as pipeline_main
 
         pipeline_main(arguments[1:])
     elif command in STAGE_COMMANDS:
@@ -109,7 +65,3 @@ def _dispatch(arguments: list[str]) -> None:
     else:
         known = ", ".join([*STAGE_COMMANDS, "pipeline"])
         raise ConfigurationError(f"unknown command `{command}`; choose one of {known} (--help explains them).")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

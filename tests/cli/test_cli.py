@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rto_lightning import lightning_cli
-from rto_lightning.cli import given_config_files, main
-from tests.stub_stage import StubBase
+from rto_lightning.cli import lightning_cli, main
+from rto_lightning.cli.stage import given_config_files
+from tests.cli.stub_stage import StubBase
 
 STAGE = {
-    "model": {"class_path": "tests.stub_stage.StubStage", "init_args": {"backbone": {"model": "m"}}},
-    "data": {"class_path": "tests.stub_stage.StubData"},
+    "model": {"class_path": "tests.cli.stub_stage.StubStage", "init_args": {"backbone": {"model": "m"}}},
+    "data": {"class_path": "tests.cli.stub_stage.StubData"},
     "trainer": {"max_steps": 3, "accelerator": "cpu", "enable_model_summary": False},
 }
 
@@ -202,22 +202,22 @@ def test_an_unknown_key_is_named_with_file_and_line(capsys, changes, sentence):
             "`model.init_args.backbone.adapter.rank` must be a whole number, not 1.5.",
         ),
         (
-            {"data__class_path": "tests.stub_stage.StubNamedData"},
+            {"data__class_path": "tests.cli.stub_stage.StubNamedData"},
             "`data.init_args.train` is not set.",
         ),
         ({"trainer__max_steps": "many"}, "`trainer.max_steps` must be a whole number, not many."),
         (
-            {"model__class_path": "tests.stub_stage.StubStag"},
-            "`model.class_path`: cannot import tests.stub_stage.StubStag "
-            "(module 'tests.stub_stage' has no attribute 'StubStag').",
+            {"model__class_path": "tests.cli.stub_stage.StubStag"},
+            "`model.class_path`: cannot import tests.cli.stub_stage.StubStag "
+            "(module 'tests.cli.stub_stage' has no attribute 'StubStag').",
         ),
         (
             {"data__class_path": "nowhere.Data"},
             "`data.class_path`: cannot import nowhere.Data (No module named 'nowhere').",
         ),
         (
-            {"model__class_path": "tests.stub_stage.StubData"},
-            "`model.class_path`: tests.stub_stage.StubData is no StubBase.",
+            {"model__class_path": "tests.cli.stub_stage.StubData"},
+            "`model.class_path`: tests.cli.stub_stage.StubData is no StubBase.",
         ),
         (
             {"model__lr": 1},
@@ -340,7 +340,7 @@ def test_light_commands_do_not_import_torch(args):
         f"try:\n    main({args})\nexcept SystemExit:\n    pass\n"
         "print([name for name in ('torch', 'lightning', 'transformers') if name in sys.modules])"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
     )
@@ -348,7 +348,7 @@ def test_light_commands_do_not_import_torch(args):
 
 
 def test_the_package_runs_as_a_module(tmp_path):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     result = subprocess.run(
         [sys.executable, "-m", "rto_lightning", "fit", "--config", "no.yaml"],
         capture_output=True,

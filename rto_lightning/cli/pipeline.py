@@ -1,0 +1,211 @@
+"""Runs a list of stages in order, each in a folder of its own, and skips what is done.
+
+A finished stage leaves `done.json` with what it was made from. Each later run compares: the same inputs skip
+the stage, other inputs are an error that says what differs, and a folder without `done.json` was interrupted:
+it is moved aside and the stage begins anew. A stage's inputs include those of the stages it names, and when
+these ran.
+"""
+
+import argparse
+import dataclasses
+import gc
+import importlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rto_lightning.cli.config_errors import ConfigurationError, explain
+from rto_lightning.cli.pipeline_records import finished_stages, stage_inputs, write_done
+from rto_lightning.cli.pipeline_settings import (
+    PLACEHOLDER,
+    PipelineSettings,
+    StageSettings,
+    load_pipeline,
+    override_arguments,
+)
+from rto_lightning.cli.stage import run_stage
+from rto_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A line of the closing table."""
+
+    name: str
+    seconds: float
+    state: str
+    """`done now` or `done before`."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs `rto-lightning pipeline` with these arguments.
+
+    Raises:
+        UserError: For every mistake that the user can cure.
+    """
+    parser = _Parser(prog="rto-lightning pipeline", description="Run the stages of a pipeline file in order.")
+    parser.add_argument("-c", "--config", required=True, metavar="FILE.yaml", help="the pipeline file")
+    parser.add_argument("--output_dir", metavar="DIR", help="folder of all stages, instead of the file's")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of every stage, instead of the file's")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="STAGE.KEY=VALUE",
+        help="arguments of stages, e.g. --set dpo.trainer.max_steps=20 rto.data.batch_size=8",
+    )
+    options = parser.parse_args(args)
+    settings = load_pipeline(options.config)
+    if options.output_dir is not None:
+        settings = dataclasses.replace(settings, output_dir=options.output_dir)
+    if options.seed is not None:
+        settings = dataclasses.replace(settings, seed=options.seed)
+    settings = override_arguments(settings, options.set)
+    run_pipeline(settings, options.config)
+
+
+def run_pipeline(settings: PipelineSettings, path: str | Path) -> list[StageResult]:
+    """Runs the stages that are not done, and prints a table.
+
+    Args:
+        settings: What to run.
+        path: The pipeline file, to which the stages' configurations are relative.
+
+    Returns:
+        A line for each stage.
+
+    Raises:
+        UserError: If a finished stage was made from other inputs, or a stage fails by the user's mistake.
+    """
+    output_dir = Path(settings.output_dir).resolve()
+    base = Path(path).parent
+    records = finished_stages(settings, output_dir, base)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    results: list[StageResult] = []
+    for number, stage in enumerate(settings.stages, start=1):
+        title = f"[{number}/{len(settings.stages)}] {stage.name}"
+        if stage.name in records:
+            seconds = records[stage.name]["seconds"]
+            print(f"{title}: done before ({seconds:.0f} s), skipped", flush=True)
+            results.append(StageResult(stage.name, seconds, "done before"))
+            continue
+        what = f"fit {base / stage.fit}" if stage.fit is not None else f"run {stage.run}"
+        folder = output_dir / stage.name
+        moved = _move_aside(folder)
+        if moved is not None:
+            print(f"{title}: was interrupted; its folder is now {moved.name}", flush=True)
+        print(f"{title}: {what} -> {folder}", flush=True)
+        inputs = stage_inputs(stage, settings.seed, base, records)
+        started = time.monotonic()
+        try:
+            _run(stage, settings, output_dir, base)
+        except UserError as error:
+            kind = ConfigurationError if isinstance(error, ConfigurationError) else UserError
+            raise kind(f"stage {stage.name}: {error}") from error
+        seconds = time.monotonic() - started
+        records[stage.name] = write_done(folder, inputs, seconds)
+        results.append(StageResult(stage.name, seconds, "done now"))
+        _free_memory()
+    print(format_results(results), flush=True)
+    return results
+
+
+def format_results(results: Sequence[StageResult]) -> str:
+    """The closing table: stage, seconds and state, with the sum of what ran now."""
+    width = max(len("stage"), *(len(result.name) for result in results))
+    lines = ["", f"{'stage':<{width}}  seconds  state"]
+    lines += [f"{result.name:<{width}}  {result.seconds:7.1f}  {result.state}" for result in results]
+    now = sum(result.seconds for result in results if result.state == "done now")
+    return "\n".join([*lines, f"{'now':<{width}}  {now:7.1f}"])
+
+
+def _move_aside(folder: Path) -> Path | None:
+    if not folder.exists():
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.interrupted-{number}")).exists():
+        number += 1
+    return folder.rename(target)
+
+
+def _run(stage: StageSettings, settings: PipelineSettings, output_dir: Path, base: Path) -> None:
+    folder = output_dir / stage.name
+    folders = {other.name: str(output_dir / other.name) for other in settings.stages}
+    arguments = {key: _fill(value, folders) for key, value in stage.arguments.items()}
+    folder.mkdir()
+    if stage.fit is None:
+        assert stage.run is not None
+        _call(stage.run, folder, settings.seed, arguments)
+        return
+    options = [f"--{key}={_as_option(value)}" for key, value in arguments.items()]
+    fixed = [f"--trainer.default_root_dir={folder}", f"--seed_everything={settings.seed}"]
+    run_stage(["fit", "--config", str(base / stage.fit), *fixed, *options])
+    if not (folder / "role").is_dir():
+        raise UserError(f"training ended without a role in {folder / 'role'}; see its log for the reason.")
+
+
+def _call(target: str, folder: Path, seed: int, arguments: Mapping[str, Any]) -> None:
+    """Calls `module:function` with arguments checked against, and converted to, its annotations."""
+    from jsonargparse import ArgumentParser
+
+    function = _import_function(target)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(function, skip={"output_dir", "seed"}, fail_untyped=False)
+    nested: dict[str, Any] = {}
+    for key, value in arguments.items():
+        *parents, last = key.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    try:
+        parsed = parser.instantiate(parser.parse_object(nested))
+    except argparse.ArgumentError as error:
+        accepted = list(parser.get_defaults(skip_validation=True).keys())
+        raise ConfigurationError(f"arguments of {target}: {explain(str(error), (), accepted)}") from error
+    function(output_dir=folder, seed=seed, **parsed.as_dict())
+
+
+def _import_function(target: str) -> Any:
+    module_name, _, name = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except AttributeError as error:
+        raise ConfigurationError(f"`run: {target}`: the module {module_name} has no function {name}.") from error
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise ConfigurationError(f"`run: {target}`: there is no module {error.name}.") from error
+        raise
+
+
+def _fill(value: Any, folders: Mapping[str, str]) -> Any:
+    """Replaces `{name}` by the stage's folder, in strings at any depth."""
+    if isinstance(value, str):
+        return PLACEHOLDER.sub(lambda match: folders[match[1]], value)
+    if isinstance(value, list):
+        return [_fill(item, folders) for item in value]
+    if isinstance(value, dict):
+        return {key: _fill(item, folders) for key, item in value.items()}
+    return value
+
+
+def _as_option(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _free_memory() -> None:
+    """Gives back what the finished stage held: reference cycles keep models alive until a collection."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}; `{self.prog} --help` lists the options.")
