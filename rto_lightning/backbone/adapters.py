@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from rto_lightning.backbone.fingerprints import ADAPTER_FILE
 from rto_lightning.backbone.settings import LoraSettings
 from rto_lightning.errors import UserError
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 class AdapterBank:
@@ -63,10 +62,10 @@ class AdapterBank:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig) or config.modules_to_save:
             raise UserError(f"{folder} is not a plain LoRA adapter (modules_to_save must be empty); train it anew.")
-        weights_file = folder / WEIGHTS_FILE
+        weights_file = folder / ADAPTER_FILE
         if not weights_file.exists():
             raise UserError(
-                f"{folder} has no {WEIGHTS_FILE}; other weight formats are not loaded because they can run code."
+                f"{folder} has no {ADAPTER_FILE}; other weight formats are not loaded because they can run code."
             )
         config.inference_mode = not trainable
         config.lora_dropout = 0.0
@@ -78,11 +77,12 @@ class AdapterBank:
             raise UserError(
                 f"the adapter {folder} does not fit the base model {self.model.name_or_path}: its shapes differ."
             ) from error
-        if result.unexpected_keys:
-            raise UserError(
-                f"the adapter {folder} does not fit the base model {self.model.name_or_path}: "
-                f"it has weights for {result.unexpected_keys[0]}."
-            )
+        missing = [key for key in result.missing_keys if f".{name}." in key]
+        for keys, what in ((result.unexpected_keys, "has weights for"), (missing, "lacks weights for")):
+            if keys:
+                raise UserError(
+                    f"the adapter {folder} does not fit the base model {self.model.name_or_path}: it {what} {keys[0]}."
+                )
 
     def copy(self, source: str, name: str, trainable: bool) -> None:
         """Add an adapter with the shape and the weights of another."""
@@ -101,7 +101,7 @@ class AdapterBank:
         config.save_pretrained(str(folder))
         config.inference_mode = inference_mode
         weights = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
-        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, folder / WEIGHTS_FILE)
+        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, folder / ADAPTER_FILE)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The weights of one adapter."""
@@ -130,10 +130,15 @@ class AdapterBank:
 
     def _add(self, name: str, config: PeftConfig, trainable: bool) -> None:
         trained = {existing for existing in self.names if any(p.requires_grad for p in self.parameters(existing))}
-        if self._peft is None:
-            self._peft = PeftModel(self.model, config, adapter_name=name)
-        else:
-            self._peft.add_adapter(name, config)
+        try:
+            if self._peft is None:
+                self._peft = PeftModel(self.model, config, adapter_name=name)
+            else:
+                self._peft.add_adapter(name, config)
+        except ValueError as error:
+            raise UserError(
+                f"the adapter {name} cannot be put on {self.model.name_or_path}: {str(error).splitlines()[0]}"
+            ) from error
         self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         # Adding an adapter resets the gradients of the others; state them for all, so that order does not matter.
         self.model.requires_grad_(False)

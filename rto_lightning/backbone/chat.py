@@ -84,9 +84,9 @@ class ChatTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that two tokenizers share exactly if their vocabularies and stop ids are the same."""
+        """16 hex digits that two tokenizers share exactly if their vocabularies are the same."""
         vocabulary = sorted((token, index) for token, index in self.tokenizer.get_vocab().items())
-        return hashlib.sha256(repr((vocabulary, sorted(self.stop_ids))).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(vocabulary).encode()).hexdigest()[:16]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation up to and with the generation prompt.

@@ -1,11 +1,10 @@
 """Load a base model and its tokenizer from a hub name or a local folder."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -101,21 +100,6 @@ def load_causal_lm(
     return loaded
 
 
-def base_fingerprint(model: PreTrainedModel) -> str:
-    """Sixteen hex digits that tell one base model from another, whatever name, data type or quantization it has.
-
-    Hashed are rows of the input embedding and the last normalization, rounded to bfloat16; neither is ever quantized.
-    """
-    embedding: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
-    rows = embedding[:: max(1, embedding.shape[0] // 64)][:64]
-    decoder: nn.Module = model.get_decoder()
-    vectors = [p.detach() for p in decoder.parameters() if p.dim() == 1]
-    digest = hashlib.sha256()
-    for tensor in (rows, *vectors[-1:]):
-        digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _as_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
@@ -135,11 +119,10 @@ def _keep_quantized_weights_differentiable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-@torch.no_grad()
 def _check_plain_output_layer(model: PreTrainedModel) -> None:
     """Log-probabilities apply the output layer to the hidden states directly; a model that does more is refused."""
     config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(config, name, None) not in (None, 1.0):
             raise UserError(
                 f"{config.model_type} models change their logits after the output layer ({name}), which "

@@ -8,6 +8,7 @@ caller names the role and the backbone sees to the weights. It knows nothing of 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rto_lightning.backbone.adapters import AdapterBank
 from rto_lightning.backbone.chat import ChatTokenizer
+from rto_lightning.backbone.fingerprints import base_fingerprint
 from rto_lightning.backbone.heads import ScalarHead
-from rto_lightning.backbone.loading import base_fingerprint, load_causal_lm, load_chat_tokenizer_from
+from rto_lightning.backbone.loading import load_causal_lm, load_chat_tokenizer_from
 from rto_lightning.backbone.logprobs import gather_logprobs
 from rto_lightning.backbone.roles import Role, RoleCard, role_folder
 from rto_lightning.backbone.sequences import Sequences
@@ -56,7 +58,6 @@ class PolicyBackbone(nn.Module):
         self.cards: dict[str, RoleCard] = {}
         self._device = device
         self._adapters: AdapterBank | None = None
-        self._fingerprint: str | None = None
 
     @property
     def adapters(self) -> AdapterBank:
@@ -69,13 +70,10 @@ class PolicyBackbone(nn.Module):
             self._adapters = AdapterBank(base, self.settings.trained_dtype)
         return self._adapters
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Tells base models apart; see :func:`base_fingerprint`."""
-        if self._fingerprint is None:
-            _ = self.adapters
-        assert self._fingerprint is not None
-        return self._fingerprint
+        return base_fingerprint(self.settings.model, self.settings.revision)
 
     # Roles -----------------------------------------------------------------------------------------------------
 
@@ -105,10 +103,14 @@ class PolicyBackbone(nn.Module):
             self.cards[name] = card
         if folder is not None and (folder / "adapter_config.json").exists():
             if self.settings.mode == "full" and trainable:
-                raise UserError(f"{source} is an adapter, which mode full cannot train; use mode adapters.")
+                raise UserError(f"{source} is an adapter, which mode full does not train; use mode adapters.")
             self.adapters.load(name, folder, trainable)
             self.roles[name] = Role(name, BASE, name, trainable)
         elif source is not None or (trainable and self.settings.mode == "full"):
+            if trainable and self.settings.mode == "adapters":
+                raise UserError(
+                    f"{source} is a full model; set model.backbone.model to it, or model.backbone.mode to full."
+                )
             self._add_model(name, source, trainable)
             self.roles[name] = Role(name, name, None, trainable)
         else:
@@ -125,9 +127,12 @@ class PolicyBackbone(nn.Module):
         elif original.model == BASE and (self.settings.mode == "adapters" or not trainable):
             self._add_on_base(name, trainable)
         else:
-            model = copy.deepcopy(self.models[original.model])
-            self.models[name] = model.to(self.settings.trained_dtype if trainable else self.settings.frozen_dtype)
-            self.models[name].requires_grad_(trainable)
+            if original.model == BASE:  # loaded anew: the base in memory may hold adapters of other roles
+                self._add_model(name, None, trainable)
+            else:
+                model = copy.deepcopy(self.models[original.model])
+                dtype = self.settings.trained_dtype if trainable else self.settings.frozen_dtype
+                self.models[name] = model.to(dtype).requires_grad_(trainable)
             self.roles[name] = Role(name, name, None, trainable)
         if scalar_head:
             self._add_head(name, None, trainable)
@@ -289,8 +294,6 @@ class PolicyBackbone(nn.Module):
                 f"the tokenizer of {source} has {len(self.chat.tokenizer)} tokens but its model embeds only {rows}; "
                 "use the tokenizer that belongs to the model."
             )
-        if source == self.settings.model and self._fingerprint is None:
-            self._fingerprint = base_fingerprint(model)
         return model
 
     def _add_head(self, name: str, folder: Path | None, trainable: bool) -> None:
@@ -298,6 +301,8 @@ class PolicyBackbone(nn.Module):
         head = ScalarHead(model.config.get_text_config().hidden_size, self.settings.trained_dtype)
         if folder is not None and (folder / HEAD_FILE).exists():
             head.load_state_dict(load_file(folder / HEAD_FILE))
+        elif folder is not None and not trainable:
+            raise UserError(f"{folder} has no {HEAD_FILE}, so it cannot score as {name}; name a saved reward role.")
         self.heads[name] = head.requires_grad_(trainable).to(model.device)
 
     def _add_model(self, name: str, source: str | None, trainable: bool) -> None:
@@ -314,6 +319,10 @@ class PolicyBackbone(nn.Module):
         self.models[name] = self._load_model(source or self.settings.model, dtype).requires_grad_(trainable)
 
     def _check_fits(self, card: RoleCard, source: str, name: str) -> None:
+        if name in ("dpo", "reward") and card.role != name:
+            raise UserError(
+                f"{source} was saved as the role {card.role} and cannot be used as {name}; name the right folder."
+            )
         if card.vocabulary_fingerprint != self.chat.fingerprint:
             raise UserError(
                 f"the {name} role {source} was trained on {card.base_model}, whose vocabulary differs from that of "

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rto_lightning.backbone.settings import BackboneSettings
 from rto_lightning.errors import MissingInputError, UserError
 
 ROLE_FILE = "role.json"
@@ -48,6 +49,8 @@ class RoleCard:
     """Mean score of answers of the reference policy (reward roles)."""
     score_std: float | None = None
     """Standard deviation of those scores (reward roles)."""
+    init_fingerprint: str | None = None
+    """The SFT adapter that was the reference of the run that trained it; null for the base model."""
     format: int = FORMAT
     """Version of this file."""
 
@@ -81,8 +84,13 @@ def looks_like_hub_name(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).parent.exists()
 
 
-def role_folder(source: str, role: str) -> Path | None:
+def role_folder(source: str, role: str, stage: str | None = None) -> Path | None:
     """The local folder of a saved role, or None if `source` looks like a hub name.
+
+    Args:
+        source: folder or hub name.
+        role: what it is to be used as.
+        stage: the stage that makes it; null for the usual one of the role.
 
     Raises:
         MissingInputError: if `source` is a path of which nothing exists; names the stage that makes it.
@@ -92,5 +100,20 @@ def role_folder(source: str, role: str) -> Path | None:
         return folder
     if looks_like_hub_name(source):
         return None
-    stage = STAGE_OF_ROLE.get(role, "sft")
+    stage = stage or STAGE_OF_ROLE.get(role, "sft")
     raise MissingInputError(f"the {role} role {source} does not exist; the {stage} stage makes it.", stage=stage)
+
+
+def check_init(settings: BackboneSettings) -> None:
+    """Refuse an `init` from which policy and reference cannot start.
+
+    Raises:
+        MissingInputError: if it does not exist.
+        UserError: if it is no adapter, or every weight is trained.
+    """
+    assert settings.init is not None
+    folder = role_folder(settings.init, "policy")
+    if folder is None or not (folder / "adapter_config.json").exists():
+        raise UserError(f"model.backbone.init {settings.init} is no adapter; set model.backbone.model to it instead.")
+    if settings.mode == "full":
+        raise UserError("model.backbone.init is an adapter, which mode full does not train; use mode adapters.")

@@ -15,6 +15,7 @@ from rto_lightning.backbone.chat import ChatTokenizer
 from rto_lightning.data.formats import BadRows, BadRowsSetting, Prompt, warn
 from rto_lightning.data.sources import Table, load_table
 from rto_lightning.errors import UserError
+from rto_lightning.seeding import run_seed
 
 _SOURCES_OF_STAGE = {
     "fit": ("train", "validation"),
@@ -45,7 +46,7 @@ class ChatDataModule(LightningDataModule):
         bad_rows: `error` stops at the first row that is empty or malformed, `skip` leaves such rows out and
             logs their number.
         num_workers: Processes that put batches together; 0 does it in the main one.
-        seed: The order of the training rows follows from it and the epoch.
+        seed: The order of the training rows follows from it and the epoch; null takes `seed_everything`.
     """
 
     chat: ChatTokenizer | None = None
@@ -64,7 +65,7 @@ class ChatDataModule(LightningDataModule):
         max_eval_rows: int | None = None,
         bad_rows: BadRowsSetting = "error",
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
@@ -75,7 +76,7 @@ class ChatDataModule(LightningDataModule):
         self.max_eval_rows = max_eval_rows
         self.bad_rows = bad_rows
         self.num_workers = num_workers
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.rows: dict[str, list[Any]] = {}
         """The tokenized rows of each source that a stage has needed so far."""
         for name in ("max_prompt_tokens", "batch_size", "eval_batch_size", "max_train_rows", "max_eval_rows"):

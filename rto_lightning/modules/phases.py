@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from lightning.pytorch import Trainer
 
 
@@ -22,6 +23,8 @@ class Phases:
             show_phase(name, self._samples_per_second)
         start = time.perf_counter()
         yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else a phase would end before its kernels do
         self.seconds[name] = time.perf_counter() - start
 
     def finish(self, samples: int) -> dict[str, float]:

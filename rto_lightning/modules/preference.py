@@ -9,6 +9,7 @@ from torch import Tensor
 from rto_lightning.algorithms import PreferenceLoss, dpo_loss, ipo_loss, masked_sum
 from rto_lightning.backbone import BackboneSettings
 from rto_lightning.data import PreferenceBatch
+from rto_lightning.errors import UserError
 from rto_lightning.evaluation import PairRecords, ranking_accuracies
 from rto_lightning.modules.stage import StageModule
 
@@ -29,6 +30,7 @@ class PreferenceModule(StageModule):
         lr_scheduler: Learning-rate schedule, stepped after each optimizer step.
     """
 
+    stage_name = "dpo"
     saved_as = "dpo"
 
     def __init__(
@@ -42,6 +44,10 @@ class PreferenceModule(StageModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(backbone, trained, optimizer, lr_scheduler)
+        if label_smoothing != 0 and loss != "dpo":
+            raise UserError(f"label_smoothing belongs to DPO and does not go with loss {loss}; set it to 0.")
+        if not 0 <= label_smoothing < 0.5:
+            raise UserError(f"label_smoothing is {label_smoothing}; set it to at least 0 and below 0.5.")
         self.loss = loss
         self.beta = beta
         self.label_smoothing = label_smoothing

@@ -1,18 +1,20 @@
 """Stage 3: the reward model, one score for a whole answer."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from rto_lightning.algorithms import bradley_terry_loss
-from rto_lightning.backbone import BackboneSettings
+from rto_lightning.backbone import BackboneSettings, RoleCard
 from rto_lightning.data import PreferenceBatch
+from rto_lightning.errors import UserError
 from rto_lightning.modules.stage import StageModule
 from rto_lightning.rewards import score_statistics
 from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngine, sample_seeds
+from rto_lightning.seeding import run_seed
 
 
 @dataclass
@@ -39,6 +41,7 @@ class RewardModelModule(StageModule):
         lr_scheduler: Learning-rate schedule, stepped after each optimizer step.
     """
 
+    stage_name = "reward_model"
     trained_role = "reward"
     saved_as = "reward"
 
@@ -75,25 +78,28 @@ class RewardModelModule(StageModule):
     def on_train_end(self) -> None:
         """Measure mean and standard deviation of the scores on answers of the reference policy."""
         wanted = self.score_statistics.samples
-        if wanted == 0:
+        if wanted == 0 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if "reference" not in self.backbone.roles:
             self.add_reference()
         self.backbone.to(self.device)
         engine = TransformersEngine(self.backbone, RolloutSettings(self.score_statistics.max_new_tokens))
         scores: list[Tensor] = []
-        for batch in self.trainer.datamodule.train_dataloader():  # type: ignore[attr-defined]
+        for batch in self.trainer.train_dataloader or ():
             scores.append(self._score_reference_answers(batch.to(self.device), engine))
             if sum(map(len, scores)) >= wanted:
                 break
-        self.score_mean_std.copy_(score_statistics(torch.cat(scores)[:wanted], "the reward model"))
+        try:
+            self.score_mean_std.copy_(score_statistics(torch.cat(scores)[:wanted], "the reward model"))
+        except UserError as error:  # the trained role is worth more than its statistics
+            rank_zero_warn(f"{error} It is saved without score statistics.")
 
-    def save_role(self, folder: Any) -> None:
-        """As :meth:`StageModule.save_role`; the card also holds mean and standard deviation of the scores."""
-        card = self.backbone.card(self.trained_role, self.saved_as, self.role_settings())
+    def role_card(self) -> RoleCard:
+        """As :meth:`StageModule.role_card`, with mean and standard deviation of the scores."""
+        card = super().role_card()
         if self.score_mean_std.isfinite().all():
             card.score_mean, card.score_std = self.score_mean_std.tolist()
-        self.backbone.save_role(self.trained_role, folder, card)
+        return card
 
     def _score_reference_answers(self, batch: PreferenceBatch, engine: TransformersEngine) -> Tensor:
         pairs, width = len(batch), batch.sequences.prompt_width
@@ -102,7 +108,7 @@ class RewardModelModule(StageModule):
             "reference",
             prompts.input_ids[:, :width],
             prompts.attention_mask[:, :width],
-            sample_seeds(0, 0, batch.index),
+            sample_seeds(run_seed(None), 0, batch.index),
         )
         return self.backbone.sequence_scores(self.trained_role, trajectory.sequences).float()
 

@@ -1,10 +1,11 @@
 """Stage 4: PPO on token rewards.
 
-One `training_step` is one PPO iteration: `rollout`, `score`, `update`. Each is a method of its own that can be called
-from a notebook. `global_step`, checkpoints, schedules and loggers count iterations: of all optimizer steps of an
-iteration only the last goes through Lightning's wrapper, which does the counting.
+One `training_step` is one PPO iteration: `rollout`, `score`, `update`. Each is a method of its own; the first two can
+be called from a notebook, the third needs the trainer's optimizers. `global_step`, checkpoints, schedules and loggers
+count iterations: of all optimizer steps of an iteration only the last goes through Lightning's wrapper, which counts.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from rto_lightning.algorithms import (
     kl_estimate,
     whiten,
 )
-from rto_lightning.backbone import BackboneSettings, Message, Sequences
+from rto_lightning.backbone import BackboneSettings, Message, RoleCard, Sequences
 from rto_lightning.backbone.roles import role_folder
 from rto_lightning.data import PromptBatch
 from rto_lightning.errors import UserError
@@ -29,8 +30,15 @@ from rto_lightning.modules.phases import Phases
 from rto_lightning.modules.ppo_gradients import accumulate_policy_gradients, accumulate_value_gradients
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
 from rto_lightning.modules.stage import StageModule
-from rto_lightning.rewards import RewardSource, make_reward_source, saved_reward_role, score_statistics
+from rto_lightning.rewards import (
+    RewardSource,
+    ScoreNormalizer,
+    make_reward_source,
+    saved_reward_role,
+    score_statistics,
+)
 from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngine, response_texts, sample_seeds
+from rto_lightning.seeding import derive_seed, run_seed
 
 EVALUATION = -1
 """Stands for the iteration in seeds of held-out rollouts, so that these are the same draws each time."""
@@ -58,10 +66,12 @@ class RTOModule(StageModule):
         critic: Where the critic starts.
         policy_optimizer: Optimizer of the policy.
         critic_optimizer: Optimizer of the critic.
-        policy_scheduler: Learning-rate schedule of the policy, stepped once an iteration.
+        policy_scheduler: Learning-rate schedule of the policy, stepped once an iteration in which it is trained.
         critic_scheduler: Learning-rate schedule of the critic, stepped once an iteration.
-        seed: Seed of the rollouts and of the order of minibatches.
+        seed: Seed of the rollouts and of the order of minibatches; null takes `seed_everything`.
     """
+
+    stage_name = "rto"
 
     def __init__(
         self,
@@ -79,7 +89,7 @@ class RTOModule(StageModule):
         critic_optimizer: OptimizerCallable = torch.optim.AdamW,
         policy_scheduler: LRSchedulerCallable | None = None,
         critic_scheduler: LRSchedulerCallable | None = None,
-        seed: int = 1,
+        seed: int | None = None,
     ) -> None:
         super().__init__(backbone, trained, policy_optimizer, policy_scheduler)
         self.automatic_optimization = False
@@ -87,14 +97,13 @@ class RTOModule(StageModule):
         self.reward, self.reward_function = reward, reward_function
         self.rollout_settings, self.rewards, self.ppo, self.critic = rollout, rewards, ppo, critic
         self.critic_optimizer, self.critic_scheduler = critic_optimizer, critic_scheduler
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.phases = Phases()
         self.reward_source: RewardSource | None = None
         self._schedulers: dict[str, Any] = {}
         self.register_buffer("kl_coefficient", torch.tensor(rewards.beta_2, dtype=torch.float64))
-        self.register_buffer("score_mean_std", torch.full((2,), torch.nan))
         self.kl_coefficient: Tensor
-        self.score_mean_std: Tensor
+        self.score_normalizer = ScoreNormalizer(rewards.normalize_score)
         self.last_rollout: tuple[Trajectory, list[list[Message]]]
         """Responses of the last iteration and the messages of their prompts, for callbacks."""
         self._check_inputs()
@@ -108,10 +117,11 @@ class RTOModule(StageModule):
             self.backbone.copy_role("reference", "policy", trainable=True)
         else:
             self.add_policy()
+        self.engine = TransformersEngine(self.backbone, self.rollout_settings)
+        if self._trainer is not None and self.trainer.predicting:
+            return  # answers need the policy alone
         if self.rewards.beta_1 != 0:
-            self.backbone.add_role("dpo", self.dpo)
-            if self.dpo_reference is not None:
-                self.backbone.add_role("dpo_reference", self.dpo_reference)
+            self._add_dpo()
         if self.rewards.beta_3 != 0:
             source = make_reward_source(self.backbone, self.reward, self.reward_function)
             if isinstance(source, nn.Module):
@@ -123,15 +133,10 @@ class RTOModule(StageModule):
             self.backbone.copy_role("reference", "critic", trainable=True, scalar_head=True)
         else:
             self.backbone.add_role("critic", self.critic.init, trainable=True, scalar_head=True)
-        self.engine = TransformersEngine(self.backbone, self.rollout_settings)
-        card = self.backbone.cards.get("reward")
-        if (
-            self.rewards.normalize_score
-            and card is not None
-            and card.score_mean is not None
-            and card.score_std is not None
-        ):
-            self._set_score_statistics(torch.tensor([card.score_mean, card.score_std]))
+        for card in (self.backbone.cards.get("reward"), self.backbone.cards.get("policy")):
+            if card is not None and card.score_mean is not None and card.score_std is not None:
+                self._set_score_statistics(card.score_mean, card.score_std)
+                break
 
     def setup(self, stage: str) -> None:
         """As :meth:`StageModule.setup`; also refuses what one iteration cannot do.
@@ -160,9 +165,39 @@ class RTOModule(StageModule):
         return [policy, critic], [{"scheduler": scheduler} for scheduler in self._schedulers.values()]
 
     def on_fit_start(self) -> None:
-        """Measure score statistics on answers of the reference if the reward role brought none."""
-        if self.reward_source is not None and self.rewards.normalize_score and self.score_mean_std.isnan().any():
-            self._set_score_statistics(score_statistics(self._scores_of_reference(), self.reward_source.name))
+        """Check the batch size; measure score statistics if neither a role nor a checkpoint brought them."""
+        self.ppo.check(self._datamodule.batch_size)
+        self._measure_if_needed(self._datamodule.train_dataloader)
+
+    def on_validation_start(self) -> None:
+        """Measure score statistics on the validation prompts, if they are unknown."""
+        self._measure_if_needed(self._datamodule.val_dataloader)
+
+    def on_test_start(self) -> None:
+        """Measure score statistics on the test prompts, if they are unknown."""
+        self._measure_if_needed(self._datamodule.test_dataloader)
+
+    @torch.no_grad()
+    def measure_score_statistics(self, batches: Iterable[PromptBatch]) -> None:
+        """Set mean and standard deviation of the scores from answers of the reference policy.
+
+        Args:
+            batches: prompts; `rewards.normalization_samples` of them are answered.
+
+        Raises:
+            UserError: if all answers have the same score.
+        """
+        assert self.reward_source is not None
+        wanted, scores = self.rewards.normalization_samples, torch.empty(0)
+        for batch in batches:
+            batch = batch.to(self.device)
+            seeds = sample_seeds(self.seed, NORMALIZATION, batch.index)
+            trajectory = self.engine.rollout("reference", batch.input_ids, batch.attention_mask, seeds)
+            scores = torch.cat([scores, self._scores(trajectory, batch.messages).cpu()])
+            if len(scores) >= wanted:
+                break
+        mean, std = score_statistics(scores[:wanted], self.reward_source.name).tolist()
+        self._set_score_statistics(mean, std)
 
     # One iteration ------------------------------------------------------------------------------------------------
 
@@ -176,11 +211,11 @@ class RTOModule(StageModule):
         with self.phases.phase("update", self.trainer):
             losses = self.update(experience, iteration)
         self.last_rollout = trajectory, batch.messages
-        metrics = {**experience.metrics(), **losses, "kl_coefficient": self.kl_coefficient}
-        self._adapt_kl_coefficient(metrics["kl"], len(batch))
+        metrics: dict[str, Tensor | float] = {**experience.metrics(), **losses, **self.phases.finish(len(batch))}
+        metrics["kl_coefficient"] = float(self.kl_coefficient)
+        self._adapt_kl_coefficient(float(metrics["kl"]), len(batch))
         shown = {"reward/total", "score", "kl"}
-        logged: dict[str, Tensor | float] = {**metrics, **self.phases.finish(len(batch))}
-        for name, value in logged.items():
+        for name, value in metrics.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=len(batch))
 
     def rollout(self, batch: PromptBatch, iteration: int) -> Trajectory:
@@ -219,7 +254,7 @@ class RTOModule(StageModule):
             reference,
             dpo,
             dpo_reference,
-            self._normalized(scores) if scores is not None else None,
+            self.score_normalizer(scores) if scores is not None else None,
             mask,
             beta_1=self.rewards.beta_1,
             beta_2=float(self.kl_coefficient),
@@ -277,6 +312,10 @@ class RTOModule(StageModule):
             result["policy/ratio_deviation_first"] = history[0]["policy/ratio_deviation"]
         return result
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Plain: the losses of policy and critic each run it within their own role."""
+        loss.backward(*args, **kwargs)
+
     # Held-out prompts -------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -297,7 +336,27 @@ class RTOModule(StageModule):
             )
         ]
 
+    def role_card(self) -> RoleCard:
+        """As :meth:`StageModule.role_card`, with the statistics by which scores were normalised."""
+        card = super().role_card()
+        if self.score_normalizer.enabled and self.score_normalizer.ready:
+            card.score_mean, card.score_std = self.score_normalizer.mean_std.tolist()
+        return card
+
     # Inside -----------------------------------------------------------------------------------------------------
+
+    def _add_dpo(self) -> None:
+        assert self.dpo is not None
+        self.backbone.add_role("dpo", self.dpo)
+        if self.dpo_reference is not None:
+            self.backbone.add_role("dpo_reference", self.dpo_reference)
+            return
+        card = self.backbone.cards.get("dpo")
+        if card is not None and card.kind == "adapter" and card.init_fingerprint != self.init_fingerprint:
+            raise UserError(
+                f"the dpo role {self.dpo} was trained against another reference than this run's; set "
+                "model.backbone.init as in its DPO run, or name that reference as model.dpo_reference."
+            )
 
     def _check_inputs(self) -> None:
         rewards = self.rewards
@@ -316,23 +375,29 @@ class RTOModule(StageModule):
         has_reward_role = rewards.beta_3 != 0 and saved_reward_role(self.reward) is not None
         if self.critic.init == "reward" and not has_reward_role:
             raise UserError("critic.init is reward, but no saved reward role is used; set critic.init to policy.")
+        if self.critic.init not in ("reward", "policy") and role_folder(self.critic.init, "reward") is None:
+            raise UserError(
+                f"critic.init is {self.critic.init}; set it to reward, policy or the folder of a saved role."
+            )
 
-    def _set_score_statistics(self, mean_std: Tensor) -> None:
-        self.score_mean_std.copy_(mean_std)
-        if self.critic.init == "reward":
-            self.backbone.head("critic").rescale(*mean_std.tolist())
+    @property
+    def _datamodule(self) -> Any:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            raise UserError("RTO takes its prompts from a data module; pass one to the trainer as `datamodule`.")
+        return datamodule
 
-    @torch.no_grad()
-    def _scores_of_reference(self) -> Tensor:
-        wanted, scores = self.rewards.normalization_samples, torch.empty(0)
-        for batch in self.trainer.datamodule.train_dataloader():  # type: ignore[attr-defined]
-            batch = batch.to(self.device)
-            seeds = sample_seeds(self.seed, NORMALIZATION, batch.index)
-            trajectory = self.engine.rollout("reference", batch.input_ids, batch.attention_mask, seeds)
-            scores = torch.cat([scores, self._scores(trajectory, batch.messages).cpu()])
-            if len(scores) >= wanted:
-                break
-        return scores[:wanted]
+    def _measure_if_needed(self, dataloader: Callable[[], Iterable[PromptBatch]]) -> None:
+        if self.reward_source is not None and not self.score_normalizer.ready:
+            self.measure_score_statistics(dataloader())
+
+    def _set_score_statistics(self, mean: float, std: float) -> None:
+        if not self.score_normalizer.enabled:
+            return
+        self.score_normalizer.set(mean, std)
+        critic_card = self.backbone.cards.get("critic")
+        if self.critic.init == "reward" or (critic_card is not None and critic_card.role == "reward"):
+            self.backbone.head("critic").rescale(mean, std)
 
     def _scores(self, trajectory: Trajectory, prompts: list[list[Message]]) -> Tensor:
         assert self.reward_source is not None
@@ -342,12 +407,6 @@ class RTOModule(StageModule):
             for i in range(0, len(prompts), size)
         ]
         return torch.cat(parts)
-
-    def _normalized(self, scores: Tensor) -> Tensor:
-        if not self.rewards.normalize_score:
-            return scores
-        mean, std = self.score_mean_std
-        return (scores - mean) / std
 
     @property
     def _scoring_batch_size(self) -> int:
@@ -376,10 +435,10 @@ class RTOModule(StageModule):
         optimizer.zero_grad(set_to_none=True)
         return norm.detach()
 
-    def _adapt_kl_coefficient(self, kl: Tensor, samples: int) -> None:
+    def _adapt_kl_coefficient(self, kl: float, samples: int) -> None:
         target, horizon = self.rewards.kl_target, self.rewards.kl_horizon
         if target is not None:
-            adapted = adaptive_kl_coefficient(float(self.kl_coefficient), float(kl), target, horizon, samples)
+            adapted = adaptive_kl_coefficient(float(self.kl_coefficient), kl, target, horizon, samples)
             self.kl_coefficient.fill_(adapted)
 
     def _evaluate(self, batch: PromptBatch, split: str) -> None:
@@ -390,5 +449,4 @@ class RTOModule(StageModule):
             self.log(f"{split}/{name}", value.float(), prog_bar=name in shown, batch_size=len(batch))
 
     def _generator(self, iteration: int, epoch: int) -> torch.Generator:
-        seed = sample_seeds(self.seed, iteration, torch.tensor([epoch]))[0]
-        return torch.Generator().manual_seed(seed)
+        return torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", iteration, epoch))

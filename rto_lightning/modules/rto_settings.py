@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rto_lightning.errors import UserError
+from rto_lightning.errors import UserError, check_settings
 
 
 @dataclass
@@ -32,6 +32,15 @@ class RewardSettings:
     """KL per response, in nats, that an adaptive coefficient aims at (arXiv 1909.08593); null keeps beta_2 fixed."""
     kl_horizon: int = 10000
     """Samples over which the adaptive coefficient reacts."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for values that no run can use."""
+        check_settings(
+            "model.rewards",
+            self,
+            positive=("kl_target", "kl_horizon", "normalization_samples"),
+            not_negative=("token_reward_clip", "score_clip", "truncation_penalty"),
+        )
 
 
 @dataclass
@@ -62,6 +71,12 @@ class PPOSettings:
     """Largest gradient norm of the policy; null is off."""
     critic_gradient_clip_val: float | None = 1.0
     """Largest gradient norm of the critic; null is off."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for values that no run can use."""
+        positive = ("epochs", "minibatch_size", "microbatch_size", "scoring_batch_size", "clip_range")
+        clips = ("value_clip_range", "policy_gradient_clip_val", "critic_gradient_clip_val")
+        check_settings("model.ppo", self, positive=positive + clips)
 
     def check(self, samples: int) -> None:
         """Raise UserError if `samples` of one iteration do not split into the minibatches."""

@@ -1,7 +1,5 @@
 """Stage 1, optional: supervised fine-tuning on demonstrations."""
 
-from typing import Any
-
 from torch import Tensor
 
 from rto_lightning.algorithms import masked_mean
@@ -27,6 +25,7 @@ class SFTModule(StageModule):
     def _loss(self, batch: DemonstrationBatch, split: str) -> Tensor:
         logprobs, _ = self.backbone.token_logprobs(self.trained_role, batch.sequences)
         loss = -masked_mean(logprobs, batch.sequences.response_mask)
-        options: dict[str, Any] = {"prog_bar": True, "batch_size": len(batch)}
-        self.log(f"{split}/loss", loss, **options)
+        # Weighted by tokens, the mean over an epoch does not depend on the batch size.
+        tokens = int(batch.sequences.response_mask.sum())
+        self.log(f"{split}/loss", loss, prog_bar=True, batch_size=tokens)
         return loss

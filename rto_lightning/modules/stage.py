@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rto_lightning.backbone import BackboneSettings, ChatTokenizer, PolicyBackbone, load_chat_tokenizer
-from rto_lightning.backbone.roles import role_folder
+from rto_lightning.backbone import BackboneSettings, ChatTokenizer, PolicyBackbone, RoleCard, load_chat_tokenizer
+from rto_lightning.backbone.fingerprints import adapter_fingerprint
+from rto_lightning.backbone.roles import check_init, role_folder
 from rto_lightning.errors import UserError
 
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
@@ -30,6 +31,7 @@ class StageModule(LightningModule):
         lr_scheduler: Learning-rate schedule, stepped after each optimizer step.
     """
 
+    stage_name = "sft"
     trained_role = "policy"
     saved_as = "policy"
     backbone: PolicyBackbone
@@ -47,9 +49,10 @@ class StageModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.strict_loading = False
-        for source, role in ((backbone.init, "policy"), (trained, self.saved_as)):
-            if source is not None:
-                role_folder(source, role)
+        if backbone.init is not None:
+            check_init(backbone)
+        if trained is not None:
+            role_folder(trained, self.saved_as, self.stage_name)
 
     @cached_property
     def chat(self) -> ChatTokenizer:
@@ -115,8 +118,18 @@ class StageModule(LightningModule):
         Raises:
             UserError: if the folder exists and is not empty.
         """
+        self.backbone.save_role(self.trained_role, folder, self.role_card())
+
+    def role_card(self) -> RoleCard:
+        """What `role.json` will say."""
         card = self.backbone.card(self.trained_role, self.saved_as, self.role_settings())
-        self.backbone.save_role(self.trained_role, folder, card)
+        card.init_fingerprint = self.init_fingerprint
+        return card
+
+    @property
+    def init_fingerprint(self) -> str | None:
+        """Tells apart what `reference` is: the adapter `init`, or None for the base model."""
+        return adapter_fingerprint(Path(self.settings.init)) if self.settings.init is not None else None
 
     def role_settings(self) -> dict[str, Any]:
         """What a reader of the saved role must know about its training."""

@@ -1,7 +1,8 @@
 """Where the sentence-level score comes from: a reward role, an outside model, or a Python function."""
 
-from rto_lightning.rewards.build import make_reward_source, saved_reward_role, score_statistics
+from rto_lightning.rewards.build import make_reward_source, saved_reward_role
 from rto_lightning.rewards.function import FunctionReward
+from rto_lightning.rewards.normalization import ScoreNormalizer, score_statistics
 from rto_lightning.rewards.outside_model import OutsideRewardModel
 from rto_lightning.rewards.role import RoleReward
 from rto_lightning.rewards.source import RewardSource
@@ -11,6 +12,7 @@ __all__ = [
     "OutsideRewardModel",
     "RewardSource",
     "RoleReward",
+    "ScoreNormalizer",
     "make_reward_source",
     "saved_reward_role",
     "score_statistics",

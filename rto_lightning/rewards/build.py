@@ -1,13 +1,9 @@
-"""Choose the reward source that the settings name, and normalise its scores."""
+"""Choose the reward source that the settings name."""
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from rto_lightning.backbone import PolicyBackbone
 from rto_lightning.backbone.roles import RoleCard, role_folder
-from rto_lightning.errors import UserError
 from rto_lightning.rewards.function import FunctionReward
 from rto_lightning.rewards.outside_model import OutsideRewardModel
 from rto_lightning.rewards.role import RoleReward
@@ -39,17 +35,3 @@ def make_reward_source(backbone: PolicyBackbone, reward: str | None, reward_func
         backbone.add_role("reward", reward, scalar_head=True)
         return RoleReward(backbone)
     return OutsideRewardModel(reward, backbone.chat, backbone.settings.frozen_dtype)
-
-
-def score_statistics(scores: Tensor, source: str) -> Tensor:
-    """Mean and standard deviation of scores (N,), as (2,).
-
-    Raises:
-        UserError: if the scores are all the same, which leaves nothing to normalise by.
-    """
-    mean_std = torch.stack([scores.mean(), scores.std(correction=0)])
-    if not mean_std[1] > 0:
-        raise UserError(
-            f"{source} gives every answer of the reference policy the score {float(mean_std[0])}; check it."
-        )
-    return mean_std

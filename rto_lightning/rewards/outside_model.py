@@ -47,11 +47,15 @@ class OutsideRewardModel(nn.Module):
     def score(self, prompts: list[list[Message]], trajectory: Trajectory) -> Tensor:
         """See :meth:`RewardSource.score`."""
         encoded_prompts = [self.chat.encode_prompt(messages) for messages in prompts]
-        responses = [
-            self.chat.encode_response(text, self.max_tokens) for text in response_texts(trajectory, self.policy_chat)
-        ]
+        texts = response_texts(trajectory, self.policy_chat)
+        responses = [self.chat.encode_response(text, self.max_tokens) for text in texts]
+        for response, truncated in zip(responses, trajectory.truncated.tolist(), strict=True):
+            if truncated and response[-1] in self.chat.stop_ids:
+                response.pop()  # it never ended, and is scored as it is
         joined = [prompt + response for prompt, response in zip(encoded_prompts, responses, strict=True)]
-        sequences = Sequences.from_lists([[] for _ in joined], joined, self.chat.pad_id).to(trajectory.truncated.device)
+        sequences = Sequences.from_lists([[] for _ in joined], joined, self.model.config.pad_token_id).to(
+            trajectory.truncated.device
+        )
         logits = self.model(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask).logits
         scores: Tensor = logits.squeeze(-1).float()
         return scores

@@ -1,10 +1,10 @@
 """Sampling whose result depends on a seed per sample, not on how the samples are batched."""
 
-import hashlib
-
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
+
+from rto_lightning.seeding import derive_seed
 
 
 def sample_seeds(seed: int, iteration: int, index: Tensor) -> list[int]:
@@ -19,8 +19,7 @@ def sample_seeds(seed: int, iteration: int, index: Tensor) -> list[int]:
     seeds = []
     for row in index.tolist():
         occurrence = occurrences[row] = occurrences.get(row, -1) + 1
-        digest = hashlib.blake2b(f"{seed}/{iteration}/{row}/{occurrence}".encode(), digest_size=8).digest()
-        seeds.append(int.from_bytes(digest, "big") >> 1)
+        seeds.append(derive_seed(seed, iteration, row, occurrence))
     return seeds
 
 
@@ -46,7 +45,8 @@ class SeededSampling(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Replace the logits (B, V) of one step by the draw."""
         cumulative = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
-        threshold = self.uniforms[:, self.step].to(scores.device)[:, None] * cumulative[:, -1:]
+        self.uniforms = self.uniforms.to(scores.device)
+        threshold = self.uniforms[:, self.step, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[-1] - 1)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)

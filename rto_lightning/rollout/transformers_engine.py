@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from rto_lightning.backbone import PolicyBackbone
+from rto_lightning.errors import check_settings
 from rto_lightning.rollout.sampling import SeededSampling
 from rto_lightning.rollout.trajectory import Trajectory
 
@@ -20,6 +21,10 @@ class RolloutSettings:
     """Divides the policy's logits, and those of the KL reference. 0 is greedy, for `predict` only."""
     batch_size: int | None = None
     """Prompts that are sampled at a time; null takes all prompts of the iteration at once."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for values that no run can use."""
+        check_settings("model.rollout", self, ("max_new_tokens", "batch_size"), ("temperature",))
 
 
 class TransformersEngine:

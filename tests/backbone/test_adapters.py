@@ -135,3 +135,22 @@ def test_adapter_of_another_shape_is_refused(tiny_model, tmp_path, backbone):
     other = make_backbone(write_tiny_model(tmp_path / "wide", hidden_size=64))
     with pytest.raises(UserError, match="does not fit the base model"):
         other.add_role("dpo", str(tmp_path / "role"))
+
+
+def test_layers_that_do_not_exist_are_one_sentence(tiny_model):
+    from rto_lightning.backbone import LoraSettings
+
+    backbone = make_backbone(tiny_model, lora=LoraSettings(target_modules=["no_such_layer"]))
+    with pytest.raises(UserError, match="no_such_layer"):
+        backbone.add_role("policy", trainable=True)
+
+
+def test_half_an_adapter_is_refused(backbone, tiny_model, tmp_path):
+    backbone.save_role("policy", tmp_path / "role", backbone.card("policy", "policy", {}))
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "role" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file(dict(list(weights.items())[: len(weights) // 2]), path)
+    with pytest.raises(UserError, match="lacks weights for"):
+        make_backbone(tiny_model).add_role("policy", str(tmp_path / "role"))

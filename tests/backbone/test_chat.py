@@ -239,13 +239,15 @@ class TestSpaceBeforeTheFirstWord:
 
 
 class TestFingerprint:
-    def test_the_same_vocabulary_and_stops_give_the_same(self, chat):
+    def test_the_same_vocabulary_gives_the_same(self, chat):
         assert chat.fingerprint == ChatTokenizer(tiny_tokenizer(template=False), chat_template="plain").fingerprint
         assert len(chat.fingerprint) == 16
         assert set(chat.fingerprint) <= set("0123456789abcdef")
 
-    def test_another_vocabulary_or_stop_gives_another(self, chat):
+    def test_another_vocabulary_gives_another(self, chat):
         tokenizer = tiny_tokenizer()
         tokenizer.add_tokens(["new"])
-        others = {ChatTokenizer(tokenizer).fingerprint, ChatTokenizer(tiny_tokenizer(), [0]).fingerprint}
-        assert len(others | {chat.fingerprint}) == 3
+        assert ChatTokenizer(tokenizer).fingerprint != chat.fingerprint
+
+    def test_stops_do_not_matter(self, chat):
+        assert ChatTokenizer(tiny_tokenizer(), [0]).fingerprint == chat.fingerprint

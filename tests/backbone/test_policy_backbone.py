@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from rto_lightning.backbone.fingerprints import base_fingerprint
 from rto_lightning.errors import MissingInputError, UserError
 from tests.models import make_backbone, randomize, some_sequences, write_tiny_model
 
@@ -169,15 +170,20 @@ def test_role_of_another_base_is_refused_with_both_names(tiny_model, tmp_path):
     assert str(other) in str(error.value) and str(tiny_model) in str(error.value)
 
 
-def test_fingerprint_ignores_name_and_data_type(tiny_model, tmp_path):
-    copy = write_tiny_model(tmp_path / "copy")
-    fingerprints = {
-        make_backbone(folder, dtype=dtype).fingerprint
-        for folder in (tiny_model, copy)
-        for dtype in ("float32", "bfloat16", "float64")
-    }
-    quantized = make_backbone(tiny_model, dtype="float32", quantization="nf4").fingerprint
-    assert fingerprints == {quantized}
+def test_fingerprint_ignores_the_name_but_not_the_weights(tiny_model, tmp_path):
+    same = write_tiny_model(tmp_path / "same")
+    assert base_fingerprint(str(same)) == base_fingerprint(str(tiny_model))
+    # A fine-tune that was merged into the projections and left the embeddings alone.
+    model = AutoModelForCausalLM.from_pretrained(same)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(1.05)
+            layer.mlp.down_proj.weight.mul_(1.05)
+    model.save_pretrained(tmp_path / "merged")
+    assert base_fingerprint(str(tmp_path / "merged")) != base_fingerprint(str(same))
+    model = AutoModelForCausalLM.from_pretrained(same, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bfloat16")
+    assert base_fingerprint(str(tmp_path / "bfloat16")) == base_fingerprint(str(same))
 
 
 def test_role_of_another_vocabulary_is_refused(tiny_model, tmp_path):
@@ -214,3 +220,16 @@ def test_contradicting_settings_are_refused(tiny_model):
 def test_missing_model_is_one_sentence(name):
     with pytest.raises(UserError, match=f"{name} does not exist"):
         make_backbone(name)
+
+
+def test_full_model_is_not_trained_in_adapter_mode(tiny_model, tmp_path):
+    other = write_tiny_model(tmp_path / "other")
+    with pytest.raises(UserError, match="is a full model"):
+        make_backbone(tiny_model).add_role("policy", str(other), trainable=True)
+
+
+def test_a_model_of_the_same_vocabulary_but_another_template_is_accepted(tiny_model, tmp_path):
+    (tmp_path / "template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    backbone = make_backbone(tiny_model, chat_template=str(tmp_path / "template.jinja"))
+    backbone.add_role("dpo", str(write_tiny_model(tmp_path / "other", seed=2)))
+    assert "dpo" in backbone.roles

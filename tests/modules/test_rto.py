@@ -7,7 +7,7 @@ from rto_lightning.backbone import RoleCard
 from rto_lightning.errors import MissingInputError, UserError
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
 from rto_lightning.rollout import RolloutSettings
-from tests.models import write_tiny_classifier, write_tiny_model
+from tests.models import randomize, some_sequences, write_tiny_classifier, write_tiny_model
 from tests.modules import stages
 
 FLOAT64 = {"dtype": "float64"}
@@ -193,7 +193,7 @@ def test_outside_models_for_dpo_and_reward(tiny_model, files, tmp_path):
     options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
     stages.fit(module, stages.prompts(files), tmp_path / "run", steps=2, **options)
     assert recorder.metrics[0]["train/reward/token"] != 0
-    assert module.score_mean_std.isfinite().all()
+    assert module.score_normalizer.ready
 
 
 def test_scores_are_normalised_on_the_reference(tiny_model, files, tmp_path):
@@ -201,7 +201,7 @@ def test_scores_are_normalised_on_the_reference(tiny_model, files, tmp_path):
     module = stages.rto(tiny_model, rewards=RewardSettings(beta_1=0.0, beta_2=0.0, normalization_samples=12))
     options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
     stages.fit(module, stages.prompts(files), tmp_path, steps=1, **options)
-    mean, std = module.score_mean_std.tolist()
+    mean, std = module.score_normalizer.mean_std.tolist()
     metrics = recorder.metrics[0]
     assert metrics["train/reward/score"] == pytest.approx((metrics["train/score"] - mean) / std, abs=1e-5)
 
@@ -221,15 +221,24 @@ def test_critic_warmup_leaves_the_policy(tiny_model, files, tmp_path):
 
 
 def test_critic_from_a_folder(tiny_model, roles):
-    module = stages.rto(tiny_model, critic=CriticSettings(init=roles["adapters", "reward"]))
-    module.configure_model()
-    assert module.backbone.heads["critic"].weight.abs().sum() > 0
+    folder = roles["adapters", "reward"]
+    module = full_rto(tiny_model, roles, critic=CriticSettings(init=folder))
+    by_name = full_rto(tiny_model, roles)
+    for each in (module, by_name):
+        each.configure_model()
+    values, expected = (each.backbone.token_values("critic", some_sequences()) for each in (module, by_name))
+    assert torch.equal(values, expected)  # in normalised units, as with init: reward
+    assert values.abs().sum() > 0
 
 
 def test_adaptive_kl_coefficient_moves_toward_the_target(tiny_model, files, tmp_path):
     module = stages.rto(tiny_model, rewards=RewardSettings(beta_1=0.0, kl_target=50.0, kl_horizon=40))
-    stages.fit(module, stages.prompts(files), tmp_path, steps=2)
+    recorder = stages.Recorder()
+    options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
+    stages.fit(module, stages.prompts(files), tmp_path, steps=2, **options)
     assert float(module.kl_coefficient) < 0.01  # KL far below the target: the penalty shrinks
+    assert recorder.metrics[0]["train/kl_coefficient"] == pytest.approx(0.01)  # what the iteration used
+    assert recorder.metrics[1]["train/kl_coefficient"] < 0.00999
     fixed = stages.rto(tiny_model)
     stages.fit(fixed, stages.prompts(files), tmp_path, steps=2)
     assert float(fixed.kl_coefficient) == 0.01
@@ -297,3 +306,105 @@ def test_minibatches_that_do_not_fit_are_refused(tiny_model, files, tmp_path):
     module = stages.rto(tiny_model, ppo=PPOSettings(minibatch_size=3))
     with pytest.raises(UserError, match="minibatch_size 3 does not divide"):
         stages.fit(module, stages.prompts(files), tmp_path)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_the_same_with_recomputation(tiny_model, files, tmp_path, checkpointing, roles):
+    """Each loss runs backward as its own role; recomputation as another one would go unnoticed."""
+    module = full_rto(tiny_model, roles, backbone={**FLOAT64, "gradient_checkpointing": checkpointing})
+    batch = one_batch(module, files)
+    for role in ("policy", "critic"):
+        randomize(module.backbone.trained_parameters(role), 3)
+    experience = module.score(module.rollout(batch, 0), batch.messages)
+    values = module.backbone.token_values("critic", experience.trajectory.sequences)
+    expected = torch.autograd.grad(values.square().sum(), module.backbone.trained_parameters("critic"))
+    with module.backbone.play("critic"):
+        values = module.backbone.token_values("critic", experience.trajectory.sequences)
+        module.backward(values.square().sum())
+    if checkpointing:  # the reference gradients above were taken outside of the role: they must differ
+        module_plain = full_rto(tiny_model, roles, backbone=FLOAT64)
+        module_plain.configure_model()
+        module_plain.backbone.load_state_dict(module.backbone.state_dict())
+        values = module_plain.backbone.token_values("critic", experience.trajectory.sequences)
+        expected = torch.autograd.grad(values.square().sum(), module_plain.backbone.trained_parameters("critic"))
+    for parameter, gradient in zip(module.backbone.trained_parameters("critic"), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-9)
+
+
+def test_test_without_statistics_measures_them(tiny_model, files, tmp_path):
+    [metrics] = stages.trainer(tmp_path, 0).test(stages.rto(tiny_model), stages.prompts(files), verbose=False)
+    assert metrics["test/reward/score"] == metrics["test/reward/score"]  # not nan
+    assert metrics["test/reward/total"] == pytest.approx(metrics["test/reward/score"], abs=1e-5)
+
+
+def test_scoring_without_statistics_is_refused(tiny_model, files):
+    module = stages.rto(tiny_model)
+    batch = one_batch(module, files)
+    with pytest.raises(UserError, match="measure_score_statistics"):
+        module.score(module.rollout(batch, 0), batch.messages)
+    module.measure_score_statistics([batch])
+    assert module.score(module.rollout(batch, 0), batch.messages).terms.total.isfinite().all()
+
+
+def test_saved_policy_brings_the_score_statistics(tiny_model, files, tmp_path):
+    module = stages.fit(stages.rto(tiny_model), stages.prompts(files), tmp_path, steps=1)
+    module.save_role(tmp_path / "role")
+    again = stages.rto(tiny_model, trained=str(tmp_path / "role"))
+    again.configure_model()
+    assert torch.equal(again.score_normalizer.mean_std, module.score_normalizer.mean_std)
+
+
+def test_prediction_loads_the_policy_alone(tiny_model, roles, files, tmp_path):
+    module = full_rto(tiny_model, roles)
+    stages.trainer(tmp_path, 0).predict(module, stages.prompts(files))
+    assert set(module.backbone.roles) == {"reference", "policy"}
+
+
+def test_full_mode_critic_is_free_of_adapters(tiny_model, roles):
+    """The frozen base holds the DPO adapter by then; a copy of it would carry the adapter along."""
+    module = full_rto(
+        tiny_model,
+        {("full", "dpo"): roles["adapters", "dpo"], ("full", "reward"): roles["full", "reward"]},
+        "full",
+        critic=CriticSettings(init="policy"),
+    )
+    module.configure_model()
+    assert not any("lora" in name for name, _ in module.backbone.models["critic"].named_parameters())
+
+
+def test_dpo_role_of_another_reference_is_refused(tiny_model, roles, files, tmp_path):
+    sft = stages.fit(stages.sft(tiny_model), stages.demonstrations(files), tmp_path, steps=2)
+    sft.save_role(tmp_path / "sft")
+    module = full_rto(tiny_model, roles, backbone={"init": str(tmp_path / "sft")})
+    with pytest.raises(UserError, match="trained against another reference"):
+        module.configure_model()
+
+
+@pytest.mark.parametrize(("setting", "role"), [("dpo", "reward"), ("reward", "dpo")])
+def test_a_role_of_the_wrong_kind_is_refused(tiny_model, roles, setting, role):
+    module = full_rto(tiny_model, roles, **{setting: roles["adapters", role]})
+    with pytest.raises(UserError, match=f"saved as the role {role}"):
+        module.configure_model()
+
+
+def test_seed_everything_reaches_rollouts_and_data(tiny_model, files, monkeypatch):
+    seeds = []
+    for seed in ("3", "4"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        seeds.append((stages.rto(tiny_model).seed, stages.prompts(files).seed))
+    assert seeds == [(3, 3), (4, 4)]
+    assert stages.rto(tiny_model, seed=7).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RewardSettings(kl_target=0.0), "model.rewards.kl_target is 0.0; set it above 0"),
+        (lambda: RewardSettings(score_clip=-1.0), "model.rewards.score_clip is -1.0; set it to 0 or more"),
+        (lambda: PPOSettings(epochs=0), "model.ppo.epochs is 0; set it above 0"),
+        (lambda: RolloutSettings(max_new_tokens=0), "model.rollout.max_new_tokens is 0; set it above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -128,3 +128,24 @@ def test_precision_that_rounds_trained_weights_is_refused(tiny_model, files, tmp
 def test_missing_init_names_the_stage(tiny_model):
     with pytest.raises(MissingInputError, match="outputs/sft/role does not exist"):
         stages.sft(tiny_model, init="outputs/sft/role")
+
+
+def test_label_smoothing_belongs_to_dpo(tiny_model):
+    from rto_lightning.modules import PreferenceModule
+
+    with pytest.raises(UserError, match="does not go with loss ipo"):
+        PreferenceModule(stages.settings(tiny_model), loss="ipo", label_smoothing=0.2)
+
+
+def test_init_that_is_a_full_model_is_refused(tiny_model):
+    with pytest.raises(UserError, match=r"is no adapter; set model\.backbone\.model to it"):
+        stages.dpo(tiny_model, init=str(tiny_model))
+
+
+def test_reward_role_survives_scores_without_spread(tiny_model, files, tmp_path):
+    module = stages.reward_model(tiny_model)
+    module.score_statistics.samples = 1
+    with pytest.warns(UserWarning, match="saved without score statistics"):
+        stages.fit(module, stages.preferences(files), tmp_path, steps=1)
+    module.save_role(tmp_path / "role")
+    assert RoleCard.read(tmp_path / "role").score_mean is None

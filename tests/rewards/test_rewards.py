@@ -86,3 +86,16 @@ def test_score_statistics():
     assert (mean, std) == (2.0, 1.0)
     with pytest.raises(UserError, match=r"the score 4\.0"):
         score_statistics(torch.tensor([4.0, 4.0]), "it")
+
+
+def test_outside_model_scores_truncated_answers_without_a_stop(backbone, trajectory, tmp_path):
+    folder = write_tiny_classifier(tmp_path / "rm")
+    source = OutsideRewardModel(str(folder), backbone.chat, torch.float64)
+    seen = []
+    source.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    source.score(PROMPTS, Trajectory(trajectory.sequences, torch.tensor([True, False])))
+    rows = [
+        ids[mask.bool()].tolist() for ids, mask in zip(seen[0]["input_ids"], seen[0]["attention_mask"], strict=True)
+    ]
+    assert rows[0][-1] not in backbone.chat.stop_ids
+    assert rows[1][-1] in backbone.chat.stop_ids
