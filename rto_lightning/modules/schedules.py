@@ -20,9 +20,11 @@ class CosineWithWarmup(LambdaLR):
         warmup_steps = max(1, round(warmup * total_steps))
 
         def factor(step: int) -> float:
-            if step < warmup_steps:
+            if step < min(warmup_steps, total_steps):
                 return (step + 1) / warmup_steps
-            progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+            if step >= total_steps:
+                return floor
+            progress = (step - warmup_steps) / (total_steps - warmup_steps)
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
         super().__init__(optimizer, factor)

@@ -105,6 +105,16 @@ class StageModule(LightningModule):
         with self.backbone.play(self.trained_role):
             loss.backward(*args, **kwargs)
 
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: only RTO answers prompts.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"the {self.stage_name} stage has no predict; give its role to the RTO stage as --model.trained."
+        )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained weights and buffers of the stage only."""
         kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -6,9 +6,18 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from rto_lightning.algorithms import kl_estimate, masked_sum, token_rewards
-from rto_lightning.backbone import BackboneSettings, Message, PolicyBackbone, Sequences, load_chat_tokenizer
+from rto_lightning.backbone import (
+    BackboneSettings,
+    ChatTokenizer,
+    Message,
+    PolicyBackbone,
+    Sequences,
+    load_chat_tokenizer,
+)
+from rto_lightning.errors import UserError
 from rto_lightning.modules import RTOModule
 from rto_lightning.quickstart.gold import gold_reward
 from rto_lightning.quickstart.jsonl import read_jsonl
@@ -144,9 +153,11 @@ def report(
     plot_learning_curves(figure, curves, {row.name: row.gold.mean for row in rows if row.name in ("SFT", "DPO")})
 
     warnings = [f"- {name}: {text}" for name, curve in curves.items() if (text := over_optimization(curve))]
-    tokens, rewards = _token_rewards(backbone, trajectories["SFT"])
-    correlation = token_correlation(messages, tokens, rewards)
-    shown = [token_reward_text(messages[i], tokens[i], rewards[i]) for i in range(examples)]
+    readable = _without_special_tokens(trajectories["SFT"], backbone.chat)
+    asked = [messages[i] for i in readable.tolist()]
+    tokens, rewards = _token_rewards(backbone, trajectories["SFT"].rows(readable))
+    correlation = token_correlation(asked, tokens, rewards)
+    shown = [token_reward_text(*row) for row in list(zip(asked, tokens, rewards, strict=True))[:examples]]
     prompt_count = len(messages) // answers_per_prompt
     agreement = f", correlation over all tokens {correlation:.2f}" if correlation is not None else ""
     paragraphs = [
@@ -162,8 +173,15 @@ def report(
 
 
 def read_curve(folder: str) -> list[dict[str, float]]:
-    """Gold reward, score and KL of each iteration, from the metrics that an RTO or PPO stage logged."""
-    [path] = sorted((Path(folder) / "metrics").rglob("metrics.csv"))[-1:]
+    """Gold reward, score and KL of each iteration, from the metrics that an RTO or PPO stage logged last.
+
+    Raises:
+        UserError: if the stage logged no metrics.
+    """
+    logged = sorted((Path(folder) / "metrics").glob("fit*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    if not logged:
+        raise UserError(f"{folder}/metrics has no metrics.csv of a training run; train the stage with its CSV logger.")
+    path = logged[-1]
     names = {"gold": "train/gold", "score": "train/score", "kl": "train/kl"}
     with path.open(encoding="utf-8") as file:
         return [
@@ -176,6 +194,13 @@ def read_curve(folder: str) -> list[dict[str, float]]:
 def _backbone(model: str) -> PolicyBackbone:
     settings = BackboneSettings(model)
     return PolicyBackbone(settings, load_chat_tokenizer(settings))
+
+
+def _without_special_tokens(trajectory: Trajectory, chat: ChatTokenizer) -> Tensor:
+    """Rows, (N,) int64, whose answers hold no special token but the stop: only these can be read word by word."""
+    special = torch.tensor([i for i in chat.tokenizer.all_special_ids if i not in chat.stop_ids])
+    found = torch.isin(trajectory.sequences.response_ids, special) & trajectory.sequences.response_mask
+    return (~found.any(-1)).nonzero().squeeze(-1)
 
 
 @torch.no_grad()
