@@ -280,7 +280,7 @@ def plot_learning_curves(
             color="0.35",
         )
     axes[-1].set_ylim(bottom=min(0.0, axes[-1].get_ylim()[0]))
-    axes[0].legend(frameon=False, loc="best")
+    axes[1].legend(frameon=False, loc="lower right")  # where rising curves leave room
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
