@@ -21,20 +21,20 @@ from rto_lightning.algorithms import (
     kl_estimate,
     whiten,
 )
-from rto_lightning.backbone import BackboneSettings, Message, RoleCard, Sequences
-from rto_lightning.backbone.roles import role_folder
+from rto_lightning.backbone import BackboneSettings, Message, RoleCard
 from rto_lightning.data import PromptBatch
 from rto_lightning.errors import UserError
 from rto_lightning.modules.experience import Experience
 from rto_lightning.modules.phases import Phases
 from rto_lightning.modules.ppo_gradients import accumulate_policy_gradients, accumulate_value_gradients
+from rto_lightning.modules.reading import TrajectoryReader
+from rto_lightning.modules.rto_inputs import check_inputs
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
 from rto_lightning.modules.stage import StageModule
 from rto_lightning.rewards import (
     RewardSource,
     ScoreNormalizer,
     make_reward_source,
-    saved_reward_role,
     score_statistics,
 )
 from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngine, response_texts, sample_seeds
@@ -92,6 +92,7 @@ class RTOModule(StageModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(backbone, trained, policy_optimizer, policy_scheduler)
+        check_inputs(dpo, reward, reward_function, rewards, critic)
         self.automatic_optimization = False
         self.dpo, self.dpo_reference = dpo, dpo_reference
         self.reward, self.reward_function = reward, reward_function
@@ -106,7 +107,6 @@ class RTOModule(StageModule):
         self.score_normalizer = ScoreNormalizer(rewards.normalize_score)
         self.last_rollout: tuple[Trajectory, list[list[Message]]]
         """Responses of the last iteration and the messages of their prompts, for callbacks."""
-        self._check_inputs()
 
     # Roles -----------------------------------------------------------------------------------------------------
 
@@ -118,6 +118,7 @@ class RTOModule(StageModule):
         else:
             self.add_policy()
         self.engine = TransformersEngine(self.backbone, self.rollout_settings)
+        self.reader = TrajectoryReader(self.backbone, self.ppo.scoring_batch_size or 2 * self.ppo.microbatch_size)
         if self._trainer is not None and self.trainer.predicting:
             return  # answers need the policy alone
         if self.rewards.beta_1 != 0:
@@ -154,14 +155,8 @@ class RTOModule(StageModule):
         """Policy and critic, in this order, each with its own schedule."""
         policy = self.optimizer(self.backbone.trained_parameters("policy"))
         critic = self.critic_optimizer(self.backbone.trained_parameters("critic"))
-        self._schedulers = {
-            name: make(optimizer)
-            for name, make, optimizer in (
-                ("policy", self.lr_scheduler, policy),
-                ("critic", self.critic_scheduler, critic),
-            )
-            if make is not None
-        }
+        schedules = {"policy": (self.lr_scheduler, policy), "critic": (self.critic_scheduler, critic)}
+        self._schedulers = {name: make(optimizer) for name, (make, optimizer) in schedules.items() if make is not None}
         return [policy, critic], [{"scheduler": scheduler} for scheduler in self._schedulers.values()]
 
     def on_fit_start(self) -> None:
@@ -193,7 +188,7 @@ class RTOModule(StageModule):
             batch = batch.to(self.device)
             seeds = sample_seeds(self.seed, NORMALIZATION, batch.index)
             trajectory = self.engine.rollout("reference", batch.input_ids, batch.attention_mask, seeds)
-            scores = torch.cat([scores, self._scores(trajectory, batch.messages).cpu()])
+            scores = torch.cat([scores, self.reader.scores(self.reward_source, trajectory, batch.messages).cpu()])
             if len(scores) >= wanted:
                 break
         mean, std = score_statistics(scores[:wanted], self.reward_source.name).tolist()
@@ -237,18 +232,20 @@ class RTOModule(StageModule):
             prompts: the messages of the prompts, for reward sources that read text.
         """
         temperature, mask = self.rollout_settings.temperature or 1.0, trajectory.sequences.response_mask
-        logprobs, entropy = self._policy_logprobs(trajectory, temperature)
-        reference = self._logprobs("reference", trajectory, temperature)
+        logprobs, entropy = self.reader.logprobs_and_entropy("policy", trajectory, temperature)
+        reference = self.reader.logprobs("reference", trajectory, temperature)
         dpo = dpo_reference = None
         if self.rewards.beta_1 != 0:
             # DPO and its reference are read at temperature 1, where DPO was trained.
-            dpo = self._logprobs("dpo", trajectory)
+            dpo = self.reader.logprobs("dpo", trajectory)
             if self.dpo_reference is not None:
-                dpo_reference = self._logprobs("dpo_reference", trajectory)
+                dpo_reference = self.reader.logprobs("dpo_reference", trajectory)
             elif temperature != 1.0:
-                dpo_reference = self._logprobs("reference", trajectory)
-        values = torch.cat([self.backbone.token_values("critic", part) for part in self._scoring_batches(trajectory)])
-        scores = self._scores(trajectory, prompts) if self.reward_source is not None else None
+                dpo_reference = self.reader.logprobs("reference", trajectory)
+        values = self.reader.values("critic", trajectory)
+        scores = None
+        if self.reward_source is not None:
+            scores = self.reader.scores(self.reward_source, trajectory, prompts)
         terms = compose_rewards(
             logprobs,
             reference,
@@ -358,28 +355,6 @@ class RTOModule(StageModule):
                 "model.backbone.init as in its DPO run, or name that reference as model.dpo_reference."
             )
 
-    def _check_inputs(self) -> None:
-        rewards = self.rewards
-        if rewards.beta_1 != 0 and self.dpo is None:
-            raise UserError(
-                "rewards.beta_1 is not 0, which needs a DPO role; set model.dpo, or beta_1 to 0 for plain PPO."
-            )
-        if rewards.beta_1 != 0 and self.dpo is not None:
-            role_folder(self.dpo, "dpo")
-        if self.reward is not None and self.reward_function is not None:
-            raise UserError("model.reward and model.reward_function are both set; keep the one that scores.")
-        if rewards.beta_3 != 0 and self.reward is None and self.reward_function is None:
-            raise UserError(
-                "rewards.beta_3 is not 0, which needs model.reward or model.reward_function; set one, or beta_3 to 0."
-            )
-        has_reward_role = rewards.beta_3 != 0 and saved_reward_role(self.reward) is not None
-        if self.critic.init == "reward" and not has_reward_role:
-            raise UserError("critic.init is reward, but no saved reward role is used; set critic.init to policy.")
-        if self.critic.init not in ("reward", "policy") and role_folder(self.critic.init, "reward") is None:
-            raise UserError(
-                f"critic.init is {self.critic.init}; set it to reward, policy or the folder of a saved role."
-            )
-
     @property
     def _datamodule(self) -> Any:
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -398,34 +373,6 @@ class RTOModule(StageModule):
         critic_card = self.backbone.cards.get("critic")
         if self.critic.init == "reward" or (critic_card is not None and critic_card.role == "reward"):
             self.backbone.head("critic").rescale(mean, std)
-
-    def _scores(self, trajectory: Trajectory, prompts: list[list[Message]]) -> Tensor:
-        assert self.reward_source is not None
-        size = self._scoring_batch_size
-        parts = [
-            self.reward_source.score(prompts[i : i + size], trajectory.rows(slice(i, i + size)))
-            for i in range(0, len(prompts), size)
-        ]
-        return torch.cat(parts)
-
-    @property
-    def _scoring_batch_size(self) -> int:
-        return self.ppo.scoring_batch_size or 2 * self.ppo.microbatch_size
-
-    def _scoring_batches(self, trajectory: Trajectory) -> list[Sequences]:
-        size, samples = self._scoring_batch_size, len(trajectory.truncated)
-        return [trajectory.sequences.rows(slice(i, i + size)) for i in range(0, samples, size)]
-
-    def _logprobs(self, role: str, trajectory: Trajectory, temperature: float = 1.0) -> Tensor:
-        parts = self._scoring_batches(trajectory)
-        return torch.cat([self.backbone.token_logprobs(role, part, temperature)[0] for part in parts])
-
-    def _policy_logprobs(self, trajectory: Trajectory, temperature: float) -> tuple[Tensor, Tensor]:
-        parts = [
-            self.backbone.token_logprobs("policy", part, temperature, with_entropy=True)
-            for part in self._scoring_batches(trajectory)
-        ]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts if p[1] is not None])
 
     def _step(self, optimizer: LightningOptimizer, role: str, clip: float | None, last_of_iteration: bool) -> Tensor:
         parameters = self.backbone.trained_parameters(role)
