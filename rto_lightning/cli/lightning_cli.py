@@ -255,7 +255,7 @@ def quiet_lightning() -> None:
 def quiet_libraries() -> None:
     """Keeps notes of the model libraries off the screen that a user of this command can do nothing about."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel package that is not needed
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
 
