@@ -25,7 +25,8 @@ command on a list of stages:
   pipeline --config FILE.yaml   run the stages in order, and skip what is done
 
 options:
-  -h, --help                    show this text; `rto-lightning fit --help` lists every setting
+  -h, --help                    show this text; `rto-lightning fit --help` lists the trainer's settings,
+                                `rto-lightning fit --model.help RTOModule` those of a stage
   --version                     show the version
 """
 

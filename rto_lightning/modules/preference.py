@@ -44,6 +44,8 @@ class PreferenceModule(StageModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(backbone, trained, optimizer, lr_scheduler)
+        if beta <= 0:
+            raise UserError(f"beta is {beta}, with which nothing is learned; set it above 0.")
         if label_smoothing != 0 and loss != "dpo":
             raise UserError(f"label_smoothing belongs to DPO and does not go with loss {loss}; set it to 0.")
         if not 0 <= label_smoothing < 0.5:

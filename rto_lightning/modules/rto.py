@@ -393,6 +393,8 @@ class RTOModule(StageModule):
         metrics = self.score(trajectory, batch.messages).metrics()
         shown = {"reward/total", "kl"}
         for name, value in metrics.items():
+            if name.startswith("value/"):
+                continue  # the critic is not saved with the policy: after training these would be another one's
             self.log(f"{split}/{name}", value.float(), prog_bar=name in shown, batch_size=len(batch))
 
     def _generator(self, iteration: int, epoch: int) -> torch.Generator:

@@ -22,7 +22,7 @@ def check_inputs(
             )
         role_folder(dpo, "dpo")
     if reward is not None and reward_function is not None:
-        raise UserError("model.reward and model.reward_function are both set; keep the one that scores.")
+        raise UserError("model.reward and model.reward_function are both set; set one of them to null.")
     if rewards.beta_3 != 0 and reward is None and reward_function is None:
         raise UserError(
             "rewards.beta_3 is not 0, which needs model.reward or model.reward_function; set one, or beta_3 to 0."
