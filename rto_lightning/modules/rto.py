@@ -390,12 +390,10 @@ class RTOModule(StageModule):
 
     def _evaluate(self, batch: PromptBatch, split: str) -> None:
         trajectory = self.rollout(batch, EVALUATION)
-        metrics = self.score(trajectory, batch.messages).metrics()
         shown = {"reward/total", "kl"}
-        for name, value in metrics.items():
-            if name.startswith("value/"):
-                continue  # the critic is not saved with the policy: after training these would be another one's
-            self.log(f"{split}/{name}", value.float(), prog_bar=name in shown, batch_size=len(batch))
+        for name, value in self.score(trajectory, batch.messages).metrics().items():
+            if not name.startswith("value/"):  # the critic is not saved with the policy; this may be another one
+                self.log(f"{split}/{name}", value.float(), prog_bar=name in shown, batch_size=len(batch))
 
     def _generator(self, iteration: int, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", iteration, epoch))

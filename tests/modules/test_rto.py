@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rto_lightning.backbone import RoleCard
 from rto_lightning.errors import MissingInputError, UserError
@@ -411,3 +412,20 @@ def test_seed_everything_reaches_rollouts_and_data(tiny_model, files, monkeypatc
 def test_settings_out_of_range_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_a_run_goes_on_from_its_checkpoint(tiny_model, files, tmp_path):
+    whole = stages.rto(tiny_model, seed=1)
+    torch.manual_seed(0)
+    stages.fit(whole, stages.prompts(files), tmp_path, steps=6)
+    torch.manual_seed(0)
+    checkpoints = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    options = {"enable_checkpointing": True, "callbacks": [checkpoints]}
+    stages.fit(stages.rto(tiny_model, seed=1), stages.prompts(files), tmp_path, 5, **options)
+    resumed = stages.rto(tiny_model, seed=1)
+    trainer = stages.trainer(tmp_path, 6)
+    trainer.fit(resumed, stages.prompts(files), ckpt_path=tmp_path / "step=4.ckpt")
+    assert trainer.global_step == 6
+    for role in ("policy", "critic"):
+        pairs = zip(whole.backbone.trained_parameters(role), resumed.backbone.trained_parameters(role), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), role
