@@ -3,7 +3,14 @@
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    GenerationConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from rto_lightning.backbone import BackboneSettings, LoraSettings, PolicyBackbone, Sequences, load_chat_tokenizer
 from tests.tiny import tiny_tokenizer
@@ -40,6 +47,25 @@ def write_tiny_model(folder: Path, seed: int = 0, **changes: object) -> Path:
     )
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_tiny_neox(folder: Path, seed: int = 0) -> Path:
+    """A causal language model of Pythia's architecture, whose output layer is no copy of the embedding."""
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=len(tiny_tokenizer()),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=2,
+        eos_token_id=2,
+        bos_token_id=1,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer(template=False).save_pretrained(folder)
     return folder
 
 

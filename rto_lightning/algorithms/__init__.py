@@ -6,8 +6,14 @@ input holds outside the mask, be it nan, is never read, and per-token outputs ar
 dtype of the inputs.
 """
 
-from rto_lightning.algorithms.advantages import generalized_advantages, whiten
+from rto_lightning.algorithms.advantages import generalized_advantages, return_to_go, whiten
 from rto_lightning.algorithms.bradley_terry import bradley_terry_loss
+from rto_lightning.algorithms.estimators import (
+    GROUP_ESTIMATORS,
+    WHITENED_ESTIMATORS,
+    Estimator,
+    estimate_advantages,
+)
 from rto_lightning.algorithms.kl import KLEstimator, adaptive_kl_coefficient, kl_estimate
 from rto_lightning.algorithms.masks import (
     last_token_index,
@@ -25,13 +31,23 @@ from rto_lightning.algorithms.ppo import (
     policy_loss,
     value_loss,
 )
-from rto_lightning.algorithms.preference import PreferenceLoss, dpo_loss, ipo_loss
+from rto_lightning.algorithms.preference import PreferenceLoss, dpo_loss, ipo_loss, rdpo_loss, simpo_loss
 from rto_lightning.algorithms.rewards import RewardTerms, compose_rewards
 from rto_lightning.algorithms.statistics import clustered_mean_interval
-from rto_lightning.algorithms.token_rewards import clamp_magnitude, token_rewards
+from rto_lightning.algorithms.token_dpo import tdpo1_loss, tdpo2_loss
+from rto_lightning.algorithms.token_rewards import (
+    Granularity,
+    clamp_magnitude,
+    move_token_rewards,
+    token_rewards,
+)
 
 __all__ = [
+    "GROUP_ESTIMATORS",
+    "WHITENED_ESTIMATORS",
     "Aggregation",
+    "Estimator",
+    "Granularity",
     "KLEstimator",
     "PolicyLossStatistics",
     "PreferenceLoss",
@@ -43,6 +59,7 @@ __all__ = [
     "clustered_mean_interval",
     "compose_rewards",
     "dpo_loss",
+    "estimate_advantages",
     "explained_variance",
     "generalized_advantages",
     "ipo_loss",
@@ -50,9 +67,15 @@ __all__ = [
     "last_token_index",
     "masked_mean",
     "masked_sum",
+    "move_token_rewards",
     "place_at_last_token",
     "policy_loss",
+    "rdpo_loss",
     "response_mask_from_lengths",
+    "return_to_go",
+    "simpo_loss",
+    "tdpo1_loss",
+    "tdpo2_loss",
     "token_rewards",
     "value_loss",
     "whiten",

@@ -1,4 +1,4 @@
-"""Generalized advantage estimation, and whitening."""
+"""Generalized advantage estimation, returns to go, and whitening."""
 
 import torch
 from torch import Tensor
@@ -40,6 +40,23 @@ def generalized_advantages(
         advantages[:, t] = next_advantage
     advantages = zero_outside(advantages, mask)
     return advantages, advantages + values
+
+
+def return_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    r"""Discounted sum of the rewards from each token on: what GAE estimates without a critic.
+
+    .. math::
+        G_t = r_t + \gamma G_{t+1}
+
+    Args:
+        rewards: Reward of each token, shape ``(B, T)``.
+        mask: Boolean, one unbroken run of True a row; shape ``(B, T)``.
+        gamma: Discount.
+
+    Returns:
+        Shape ``(B, T)``, zero outside the mask.
+    """
+    return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[1]
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class PolicyLossStatistics:
     """
 
     clipped: Tensor
-    """Number of tokens whose gradient the clipping removed."""
+    """Number of tokens whose gradient the clipping, or the dual clipping, removed."""
     approximate_kl: Tensor
     """Sum over tokens of the k3 estimate of KL(old policy || policy), in nats."""
     ratio_deviation: Tensor
@@ -82,12 +82,19 @@ def policy_loss(
     clip_range: float,
     aggregation: Aggregation = "sequence",
     denominator: float | Tensor | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, PolicyLossStatistics]:
     r"""Clipped surrogate loss (equation 7 of the PPO paper, negated).
 
     .. math::
         L_t = -\min\bigl(\rho_t A_t,\ \operatorname{clamp}(\rho_t, 1 - \epsilon, 1 + \epsilon) A_t\bigr),
         \quad \rho_t = \pi(y_t) / \pi_{old}(y_t)
+
+    Where the advantage is negative and the ratio large, this loss has no bound. Dual clipping (Ye et al., arXiv
+    1912.09729, equation 4) gives it one:
+
+    .. math::
+        L^{dual}_t = \min(L_t,\ -c A_t) \quad \text{where } A_t < 0
 
     Args:
         logprobs: Log-probabilities of the sampled tokens under the policy being trained, shape ``(B, T)``.
@@ -97,23 +104,34 @@ def policy_loss(
         clip_range: :math:`\epsilon`.
         aggregation: ``"sequence"`` or ``"token"``, see :func:`aggregate`.
         denominator: See :func:`aggregate`.
+        dual_clip: :math:`c`, above 1; None is no dual clipping.
 
     Returns:
         The loss, a scalar, and its statistics.
 
     Raises:
-        ValueError: If the aggregation is unknown.
+        ValueError: If the aggregation is unknown, or ``dual_clip`` is not above 1: the loss would then be cut where
+            the policy has not moved yet.
     """
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be above 1, but is {dual_clip}; None switches it off")
     log_ratio = zero_outside(logprobs - old_logprobs, mask)
     advantages = zero_outside(advantages, mask)
     ratio = log_ratio.exp()
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    loss = aggregate(torch.maximum(unclipped, clipped), mask, aggregation, denominator)
+    losses = torch.maximum(unclipped, clipped)
+    without_gradient = clipped > unclipped
+    if dual_clip is not None:
+        bound = -dual_clip * advantages
+        beyond = (advantages < 0) & (losses > bound)
+        losses = torch.where(beyond, bound, losses)
+        without_gradient = without_gradient | beyond
+    loss = aggregate(losses, mask, aggregation, denominator)
 
     with torch.no_grad():
         statistics = PolicyLossStatistics(
-            clipped=(clipped > unclipped).sum(),
+            clipped=without_gradient.sum(),
             approximate_kl=(torch.expm1(log_ratio) - log_ratio).sum(),
             ratio_deviation=torch.expm1(log_ratio).abs().amax(),
             tokens=mask.sum(),

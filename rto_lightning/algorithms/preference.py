@@ -1,4 +1,4 @@
-"""Losses on pairs of answers that train a policy without a reward model."""
+"""Losses on pairs of answers that train a policy without a reward model, of the answers' log-probabilities."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ class PreferenceLoss(NamedTuple):
     losses: Tensor
     """One loss a pair, shape ``(B,)``."""
     chosen_rewards: Tensor
-    r"""Detached :math:`\beta \log (\pi / \pi_{ref})` of the chosen answers, shape ``(B,)``."""
+    """What the loss takes for the reward of the chosen answers, detached, shape ``(B,)``; each loss says what it is."""
     rejected_rewards: Tensor
     """The same of the rejected answers, shape ``(B,)``."""
 
@@ -44,7 +44,7 @@ def dpo_loss(
         label_smoothing: :math:`\epsilon`.
 
     Returns:
-        Losses and implicit rewards.
+        Losses, and the implicit rewards :math:`\beta \log (\pi / \pi_{ref})`.
 
     Raises:
         ValueError: If the label smoothing is outside ``[0, 0.5)``: from a half on, the labels mean nothing or
@@ -82,9 +82,72 @@ def ipo_loss(
         beta: Strength of the pull to the reference.
 
     Returns:
-        Losses and implicit rewards.
+        Losses, and the implicit rewards :math:`\beta \log (\pi / \pi_{ref})`.
     """
     chosen_log_ratio = policy_chosen - reference_chosen
     rejected_log_ratio = policy_rejected - reference_rejected
     losses = (chosen_log_ratio - rejected_log_ratio - 1 / (2 * beta)).square()
     return PreferenceLoss(losses, beta * chosen_log_ratio.detach(), beta * rejected_log_ratio.detach())
+
+
+def rdpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float,
+    length_coefficient: float,
+) -> PreferenceLoss:
+    r"""Length-regularized DPO (R-DPO; Park et al., arXiv 2403.19159).
+
+    .. math::
+        L = -\log \sigma\bigl(\beta h + \alpha (|y_w| - |y_l|)\bigr)
+
+    with :math:`h` as in :func:`dpo_loss`. The policy that maximizes
+    :math:`r - \alpha |y| - \beta \mathrm{KL}(\pi \| \pi_{ref})` satisfies
+    :math:`r = \beta \log (\pi / \pi_{ref}) + \alpha |y|` up to a constant of the prompt, which gives the sign: of a
+    pair whose *longer* answer was chosen, length explains a part, and the policy has less left to learn.
+    :math:`\alpha` is in units of reward a token: it stands beside :math:`\beta h` and is not multiplied by
+    :math:`\beta`, and each token costs an answer :math:`\alpha / \beta` nats in the optimum.
+
+    Args:
+        policy_chosen: Log-probabilities of the chosen answers, summed over tokens, shape ``(B,)``.
+        policy_rejected: The same of the rejected answers.
+        reference_chosen: The same of the chosen answers under the reference, without gradient.
+        reference_rejected: The same of the rejected answers.
+        chosen_lengths: Number of tokens of the chosen answers, shape ``(B,)``.
+        rejected_lengths: The same of the rejected answers.
+        beta: Strength of the pull to the reference.
+        length_coefficient: :math:`\alpha`; positive discourages length.
+
+    Returns:
+        Losses, and the implicit rewards :math:`r`.
+    """
+    # A float times an integer tensor would be rounded to the default dtype.
+    chosen_lengths, rejected_lengths = chosen_lengths.to(policy_chosen), rejected_lengths.to(policy_rejected)
+    chosen_rewards = beta * (policy_chosen - reference_chosen) + length_coefficient * chosen_lengths
+    rejected_rewards = beta * (policy_rejected - reference_rejected) + length_coefficient * rejected_lengths
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return PreferenceLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def simpo_loss(policy_chosen_mean: Tensor, policy_rejected_mean: Tensor, beta: float, margin: float) -> PreferenceLoss:
+    r"""Simple preference optimization (SimPO; Meng et al., arXiv 2405.14734, equation 6): no reference.
+
+    .. math::
+        L = -\log \sigma\Bigl(\frac{\beta}{|y_w|} \log \pi(y_w) - \frac{\beta}{|y_l|} \log \pi(y_l) - \gamma\Bigr)
+
+    Args:
+        policy_chosen_mean: Log-probabilities of the chosen answers, averaged over tokens, shape ``(B,)``.
+        policy_rejected_mean: The same of the rejected answers.
+        beta: Scale of the reward; as the log-probabilities are averages, it is larger than in DPO (2 to 10).
+        margin: :math:`\gamma`, by which the chosen reward shall be the higher one, in units of reward. The authors'
+            code takes :math:`\gamma / \beta` instead.
+
+    Returns:
+        Losses, and the implicit rewards :math:`\beta \log \pi(y) / |y|`, which are never positive.
+    """
+    losses = -F.logsigmoid(beta * (policy_chosen_mean - policy_rejected_mean) - margin)
+    return PreferenceLoss(losses, beta * policy_chosen_mean.detach(), beta * policy_rejected_mean.detach())

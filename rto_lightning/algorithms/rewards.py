@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rto_lightning.algorithms.kl import KLEstimator, kl_estimate
 from rto_lightning.algorithms.masks import place_at_last_token
-from rto_lightning.algorithms.token_rewards import clamp_magnitude, token_rewards
+from rto_lightning.algorithms.token_rewards import Granularity, clamp_magnitude, move_token_rewards, token_rewards
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,11 @@ class RewardTerms:
     """The three summands of the reward, kept apart to be logged; each ``(B, T)``, zero outside the mask."""
 
     token: Tensor
-    """Scaled and clipped token rewards of the DPO policy."""
+    """Token rewards of the DPO policy: scaled, then clipped, then moved to where the granularity puts them."""
     kl: Tensor
     """KL penalty, sign and coefficient included: it is added, not subtracted."""
     score: Tensor
-    """Sentence-level score less the truncation penalty, on the last token of each response."""
+    """Sentence-level score less the penalties of the response's length, on the last token of each response."""
 
     @property
     def total(self) -> Tensor:
@@ -43,6 +43,10 @@ def compose_rewards(
     kl_estimator: KLEstimator = "k1",
     truncated: Tensor | None = None,
     truncation_penalty: float = 0.0,
+    granularity: Granularity = "token",
+    sentence_ends: Tensor | None = None,
+    min_response_tokens: int = 0,
+    short_penalty: float = 0.0,
 ) -> RewardTerms:
     r"""The reward of every token.
 
@@ -50,9 +54,9 @@ def compose_rewards(
         r_t = \beta_1 \log \frac{\pi_{dpo}}{\pi_{ref}} - \beta_2 \log \frac{\pi}{\pi_{ref}}
               + [t = \text{last}]\, \beta_3\, r_{RM}(x, y)
 
-    PPO is :math:`\beta_1 = 0`. On top of the equation the token rewards are clipped after scaling, the score
-    is clipped before scaling, and truncated responses can pay a penalty, which :math:`\beta_3` does not
-    scale.
+    PPO is :math:`\beta_1 = 0`. On top of the equation the token rewards are clipped after scaling and can then be
+    moved, the score is clipped before scaling, and truncated and too short responses can pay penalties, which
+    :math:`\beta_3` does not scale.
 
     Args:
         policy_logprobs: Log-probabilities of the sampled tokens under the policy, shape ``(B, T)``.
@@ -70,13 +74,17 @@ def compose_rewards(
         kl_estimator: ``"k1"`` (the paper's), ``"k2"`` or ``"k3"``, see :func:`kl_estimate`.
         truncated: True for responses that hit the length limit; boolean, shape ``(B,)``.
         truncation_penalty: Subtracted on the last token of truncated responses.
+        granularity: Where the token rewards are put, see :func:`move_token_rewards`.
+        sentence_ends: True on the tokens that end a sentence; boolean, shape ``(B, T)``. For granularity ``sentence``.
+        min_response_tokens: Responses with fewer tokens, the stop token included, are too short.
+        short_penalty: Subtracted on the last token of too short responses. One without any token has no last one.
 
     Returns:
         The terms of the reward.
 
     Raises:
-        ValueError: If the input of a term whose coefficient is not 0 is missing, a clip is negative, or the
-            KL estimator is unknown.
+        ValueError: If the input of a term whose coefficient is not 0 is missing, a clip is negative, the KL estimator
+            or the granularity is unknown, or granularity ``sentence`` lacks its ``sentence_ends``.
     """
     for name, given, coefficient_name, coefficient in (
         ("dpo_logprobs", dpo_logprobs, "beta_1", beta_1),
@@ -91,6 +99,7 @@ def compose_rewards(
     else:
         dpo_reference = reference_logprobs if dpo_reference_logprobs is None else dpo_reference_logprobs
         token = token_rewards(dpo_logprobs, dpo_reference, mask, beta_1, token_reward_clip)
+        token = move_token_rewards(token, mask, granularity, sentence_ends)
 
     kl = -beta_2 * kl_estimate(policy_logprobs, reference_logprobs, mask, kl_estimator)
 
@@ -98,5 +107,7 @@ def compose_rewards(
     if scores is not None:
         terminal = terminal + beta_3 * clamp_magnitude(scores, score_clip)
     if truncated is not None:
-        terminal = terminal - truncation_penalty * truncated
+        terminal = terminal - truncation_penalty * truncated.to(terminal.dtype)
+    short = mask.sum(dim=1) < min_response_tokens
+    terminal = terminal - short_penalty * short.to(terminal.dtype)
     return RewardTerms(token=token, kl=kl, score=place_at_last_token(terminal, mask))

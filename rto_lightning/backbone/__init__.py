@@ -4,6 +4,7 @@ from rto_lightning.backbone.chat import ChatTokenizer, Message
 from rto_lightning.backbone.loading import load_chat_tokenizer
 from rto_lightning.backbone.policy_backbone import PolicyBackbone
 from rto_lightning.backbone.roles import Role, RoleCard
+from rto_lightning.backbone.sentences import sentence_ends
 from rto_lightning.backbone.sequences import Sequences
 from rto_lightning.backbone.settings import BackboneSettings, LoraSettings
 
@@ -17,4 +18,5 @@ __all__ = [
     "RoleCard",
     "Sequences",
     "load_chat_tokenizer",
+    "sentence_ends",
 ]

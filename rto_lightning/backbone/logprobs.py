@@ -12,6 +12,7 @@ def gather_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each token under the softmax over the vocabulary, a chunk of tokens at a time.
 
@@ -27,7 +28,8 @@ def gather_logprobs(
         tokens: the tokens whose log-probability is asked, (N,) int64.
         temperature: divides the logits; in nats as everything here.
         chunk_tokens: rows whose logits exist at a time.
-        with_entropy: also return the entropy of each distribution, without gradient.
+        with_entropy: also return the entropy of each distribution.
+        entropy_gradient: let the entropy have a gradient, for an entropy bonus.
 
     Returns:
         Log-probabilities (N,), and entropies (N,) or None; float32 (float64 if the logits are).
@@ -36,7 +38,7 @@ def gather_logprobs(
     logprobs, entropies = [], []
     # A frozen output layer is many times slower on a slice that is not contiguous.
     for rows, targets in zip(hidden.contiguous().split(chunk_tokens), tokens.split(chunk_tokens), strict=True):
-        arguments = (rows, output_layer, targets, temperature, with_entropy)
+        arguments = (rows, output_layer, targets, temperature, with_entropy, entropy_gradient)
         if recompute:
             chunk_logprobs, chunk_entropy = checkpoint(_gather_chunk, *arguments, use_reentrant=False)
         else:
@@ -47,7 +49,12 @@ def gather_logprobs(
 
 
 def _gather_chunk(
-    hidden: Tensor, output_layer: nn.Module, tokens: Tensor, temperature: float, with_entropy: bool
+    hidden: Tensor,
+    output_layer: nn.Module,
+    tokens: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     logits = output_layer(hidden)
     if logits.dtype != torch.float64:
@@ -58,6 +65,6 @@ def _gather_chunk(
     logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer
     if not with_entropy:
         return logprobs, None
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         probabilities = (logits - normalizer[:, None]).exp()
         return logprobs, normalizer - (probabilities * logits).sum(-1)

@@ -8,7 +8,7 @@ caller names the role and the backbone sees to the weights. It knows nothing of 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rto_lightning.backbone.adapters import AdapterBank
 from rto_lightning.backbone.chat import ChatTokenizer
+from rto_lightning.backbone.divergence import TokenDivergence, gather_divergence
 from rto_lightning.backbone.fingerprints import base_fingerprint
 from rto_lightning.backbone.heads import ScalarHead
 from rto_lightning.backbone.loading import load_causal_lm, load_chat_tokenizer_from
 from rto_lightning.backbone.logprobs import gather_logprobs
-from rto_lightning.backbone.roles import Role, RoleCard, role_folder
+from rto_lightning.backbone.roles import Role, RoleCard, kind_of_role, role_folder
 from rto_lightning.backbone.sequences import Sequences
 from rto_lightning.backbone.settings import BackboneSettings
 from rto_lightning.errors import UserError
@@ -171,7 +172,12 @@ class PolicyBackbone(nn.Module):
         return self._hidden(name, sequences.input_ids, sequences.attention_mask)[:, start:-1]
 
     def token_logprobs(
-        self, name: str, sequences: Sequences, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        name: str,
+        sequences: Sequences,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each response token under a role.
 
@@ -190,8 +196,30 @@ class PolicyBackbone(nn.Module):
                 temperature,
                 self.settings.logprob_chunk_tokens,
                 with_entropy,
+                entropy_gradient,
             )
         return _scatter(logprobs, mask), None if entropy is None else _scatter(entropy, mask)
+
+    def token_divergence(self, name: str, reference: str, sequences: Sequences) -> TokenDivergence:
+        """Each response token under two roles: its log-probabilities, and KL(reference || role) over the vocabulary.
+
+        Chunked as in :meth:`token_logprobs`; see :func:`gather_divergence`. The reference gets no gradient.
+
+        Returns:
+            Three tensors (B, T) in nats, 0 outside the response.
+        """
+        mask = sequences.response_mask
+        with torch.no_grad():
+            reference_hidden = self.response_hidden(reference, sequences)
+        compared = gather_divergence(
+            self.response_hidden(name, sequences)[mask],
+            reference_hidden[mask],
+            partial(self._logits, name),
+            partial(self._logits, reference),
+            sequences.response_ids[mask],
+            self.settings.logprob_chunk_tokens,
+        )
+        return TokenDivergence(*(_scatter(values, mask) for values in compared))
 
     def token_values(self, name: str, sequences: Sequences) -> Tensor:
         """Value of the state before each response token, (B, T), 0 outside the response."""
@@ -280,6 +308,12 @@ class PolicyBackbone(nn.Module):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
+    def _logits(self, name: str, hidden: Tensor) -> Tensor:
+        """The output layer of a role on hidden states (N, H), whoever is active."""
+        with self.play(name) as model:
+            logits: Tensor = model.get_output_embeddings()(hidden)
+        return logits
+
     def _add_on_base(self, name: str, trainable: bool) -> None:
         bank = self.adapters
         if trainable:
@@ -319,7 +353,7 @@ class PolicyBackbone(nn.Module):
         self.models[name] = self._load_model(source or self.settings.model, dtype).requires_grad_(trainable)
 
     def _check_fits(self, card: RoleCard, source: str, name: str) -> None:
-        if name in ("dpo", "reward") and card.role != name:
+        if kind_of_role(name) in ("dpo", "reward") and card.role != kind_of_role(name):
             raise UserError(
                 f"{source} was saved as the role {card.role} and cannot be used as {name}; name the right folder."
             )

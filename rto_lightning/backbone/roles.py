@@ -18,7 +18,7 @@ class Role:
     """How one role is played: which model, with which adapter, read through which head."""
 
     name: str
-    """`policy`, `reference`, `dpo`, `dpo_reference`, `reward` or `critic`."""
+    """`policy`, `policy_average`, `reference`, `dpo`, `dpo_reference`, `reward` (`reward_2` and so on) or `critic`."""
     model: str
     """Key of the model in the backbone: `base`, or the role's own name for a model of its own."""
     adapter: str | None
@@ -79,6 +79,12 @@ class RoleCard:
             raise UserError(f"{path} is damaged ({error}); save the role again.") from error
 
 
+def kind_of_role(name: str) -> str:
+    """What a role was trained to be: `reward` for `reward_2`."""
+    kind, _, number = name.rpartition("_")
+    return kind if number.isdigit() else name
+
+
 def looks_like_hub_name(source: str) -> bool:
     """Whether `source` reads as owner/name, and the owner is not a folder here."""
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).parent.exists()
@@ -100,7 +106,7 @@ def role_folder(source: str, role: str, stage: str | None = None) -> Path | None
         return folder
     if looks_like_hub_name(source):
         return None
-    stage = stage or STAGE_OF_ROLE.get(role, "sft")
+    stage = stage or STAGE_OF_ROLE.get(kind_of_role(role), "sft")
     raise MissingInputError(f"the {role} role {source} does not exist; the {stage} stage makes it.", stage=stage)
 
 

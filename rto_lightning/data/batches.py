@@ -31,6 +31,17 @@ class PromptBatch:
             self.input_ids.to(device), self.attention_mask.to(device), self.index.to(device), self.messages
         )
 
+    def repeated(self, times: int) -> "PromptBatch":
+        """Each prompt `times` times in a row, for several responses to it; B becomes B * times."""
+        if times == 1:
+            return self
+        return PromptBatch(
+            self.input_ids.repeat_interleave(times, dim=0),
+            self.attention_mask.repeat_interleave(times, dim=0),
+            self.index.repeat_interleave(times),
+            [messages for messages in self.messages for _ in range(times)],
+        )
+
 
 @dataclass(frozen=True)
 class PreferenceBatch:

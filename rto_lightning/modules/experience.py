@@ -9,8 +9,8 @@ from rto_lightning.rollout import Trajectory
 
 
 @dataclass(frozen=True)
-class Experience:
-    """A trajectory with everything that was computed about it. All (B, T) fields are 0 outside the response."""
+class ScoredTrajectory:
+    """A trajectory with what the roles say of it. All (B, T) fields are 0 outside the response."""
 
     trajectory: Trajectory
     """The prompts and responses."""
@@ -20,16 +20,10 @@ class Experience:
     """Of the policy before each token, (B, T), nats."""
     kl: Tensor
     """log(policy / reference) of each token, (B, T), nats."""
-    values: Tensor
-    """Of the critic before each token, (B, T), in units of the reward."""
     scores: Tensor | None
-    """What the reward source said, in its own units, (B,); None without one."""
+    """What each of S reward sources said, in its own units, (B, S); None without one."""
     terms: RewardTerms
     """The summands of the reward."""
-    advantages: Tensor
-    """As the policy loss uses them, whitened if so set, (B, T)."""
-    returns: Tensor
-    """Targets of the critic, (B, T)."""
 
     @property
     def mask(self) -> Tensor:
@@ -48,11 +42,32 @@ class Experience:
             "entropy": masked_mean(self.entropy, mask),
             "response/length": lengths.mean(),
             "response/truncated": self.trajectory.truncated.float().mean(),
-            "value/mean": masked_mean(self.values, mask),
-            "value/error": masked_mean((self.values - self.returns).abs(), mask),
-            "value/explained_variance": explained_variance(self.values, self.returns, mask),
         }
-        if self.scores is not None:
-            result["score"] = self.scores.mean()
-            result["score_std"] = self.scores.std(correction=0)
+        for number, scores in enumerate(() if self.scores is None else self.scores.T, start=1):
+            name = "score" if number == 1 else f"score_{number}"
+            result[name] = scores.mean()
+            result[f"{name}_std"] = scores.std(correction=0)
+        return result
+
+
+@dataclass(frozen=True)
+class Experience(ScoredTrajectory):
+    """A scored trajectory with what policy and critic are trained on."""
+
+    values: Tensor | None
+    """Of the critic before each token, (B, T), in units of the reward; None without a critic."""
+    advantages: Tensor
+    """As the policy loss uses them, whitened if so set, (B, T)."""
+    returns: Tensor
+    """Targets of the critic, or the return to go without one, (B, T)."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Those of the scored trajectory, and of the critic."""
+        result = super().metrics()
+        if self.values is not None:
+            result |= {
+                "value/mean": masked_mean(self.values, self.mask),
+                "value/error": masked_mean((self.values - self.returns).abs(), self.mask),
+                "value/explained_variance": explained_variance(self.values, self.returns, self.mask),
+            }
         return result

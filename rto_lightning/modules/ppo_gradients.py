@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rto_lightning.algorithms import PolicyLossStatistics, policy_loss, value_loss
+from rto_lightning.algorithms import PolicyLossStatistics, aggregate, policy_loss, value_loss
 from rto_lightning.backbone import PolicyBackbone
 from rto_lightning.modules.experience import Experience
 from rto_lightning.modules.rto_settings import PPOSettings
@@ -21,22 +21,28 @@ def accumulate_policy_gradients(
     temperature: float,
     backward: Backward,
 ) -> dict[str, Tensor]:
-    """Backward of the clipped policy loss of the samples `rows`, (M,) int64; returns metrics of the minibatch."""
+    """Backward of the clipped policy loss, less the entropy bonus, of the samples `rows`, (M,) int64; gives metrics."""
     total, statistics = torch.zeros((), device=rows.device), None
-    denominator = _denominator(experience, rows, ppo)
+    denominator, with_entropy = _denominator(experience, rows, ppo), ppo.entropy_coefficient != 0
     for part in rows.split(ppo.microbatch_size):
-        sequences = experience.trajectory.sequences.rows(part)
+        sequences, mask = experience.trajectory.sequences.rows(part), experience.mask[part]
         with backbone.play("policy"):
-            logprobs, _ = backbone.token_logprobs("policy", sequences, temperature)
+            logprobs, entropy = backbone.token_logprobs(
+                "policy", sequences, temperature, with_entropy=with_entropy, entropy_gradient=with_entropy
+            )
             loss, of_part = policy_loss(
                 logprobs,
                 experience.logprobs[part],
                 experience.advantages[part],
-                experience.mask[part],
+                mask,
                 ppo.clip_range,
                 ppo.aggregation,
                 denominator,
+                dual_clip=ppo.dual_clip,
             )
+            if entropy is not None:
+                mean_entropy = aggregate(entropy, mask, ppo.aggregation, denominator)
+                loss = loss - ppo.entropy_coefficient * mean_entropy
             backward(loss)
         total += loss.detach()
         statistics = of_part if statistics is None else statistics + of_part
@@ -53,6 +59,7 @@ def accumulate_value_gradients(
     backbone: PolicyBackbone, experience: Experience, rows: Tensor, ppo: PPOSettings, backward: Backward
 ) -> dict[str, Tensor]:
     """Backward of the value loss of the samples `rows`, (M,) int64; returns metrics of the minibatch."""
+    assert experience.values is not None
     total, clipped = torch.zeros((), device=rows.device), torch.zeros((), device=rows.device)
     denominator = _denominator(experience, rows, ppo)
     for part in rows.split(ppo.microbatch_size):

@@ -1,31 +1,73 @@
-"""Stage 2: direct preference optimization. Its policy carries the token rewards of RTO."""
+"""Stage 2: direct preference learning. Its policy carries the token rewards of RTO."""
 
+import math
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rto_lightning.algorithms import PreferenceLoss, dpo_loss, ipo_loss, masked_sum
+from rto_lightning.algorithms import (
+    PreferenceLoss,
+    dpo_loss,
+    ipo_loss,
+    masked_sum,
+    rdpo_loss,
+    simpo_loss,
+    tdpo1_loss,
+    tdpo2_loss,
+)
 from rto_lightning.backbone import BackboneSettings
 from rto_lightning.data import PreferenceBatch
 from rto_lightning.errors import UserError
 from rto_lightning.evaluation import PairRecords, ranking_accuracies
 from rto_lightning.modules.stage import StageModule
 
+BETA = 0.1
+SIMPO_BETA = 2.5
+OWN_SETTINGS = {"dpo": "label_smoothing", "rdpo": "length_coefficient", "simpo": "margin", "tdpo2": "kl_coefficient"}
+"""The setting that only this loss has; the others leave it at its default."""
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the losses read of the chosen, then of the rejected answers of a batch, (2B,) each."""
+
+    policy: Tensor
+    """Log-probability under the policy, summed over tokens."""
+    reference: Tensor | None
+    """The same under the reference; None where no reference is read."""
+    kl: Tensor | None
+    """KL(reference || policy), summed over positions; None for losses without it."""
+    lengths: Tensor
+    """Number of tokens, int64."""
+
 
 class PreferenceModule(StageModule):
-    """DPO, conservative DPO (`label_smoothing`) or IPO against the frozen reference.
+    """Direct preference learning: DPO, conservative DPO (`label_smoothing`), IPO, R-DPO, SimPO, TDPO1 or TDPO2.
+
+    The reference is the base model or the SFT adapter `init` on it; `simpo` reads it in `test` only. Whatever the loss,
+    RTO can take the trained role as its `dpo` role: a token's reward is log(policy / reference).
 
     `test` reports how often the implicit reward ranks the chosen answer higher, with an interval clustered by prompt,
-    beside the baselines "the longer answer" and "the answer that the untrained reference finds likelier".
+    beside the baselines "the longer answer" and "the answer that the untrained reference finds likelier". `dpo_reward`
+    is beta * log(policy / reference), whose parts are RTO's token rewards; `implicit_reward` is that of the loss where
+    it is another one (`rdpo`, `simpo`, `tdpo1`, `tdpo2`).
 
     Args:
         backbone: The base model and its adapters.
         trained: Saved DPO role to test or to train further.
-        loss: `dpo` (arXiv 2305.18290) or `ipo` (arXiv 2310.12036).
-        beta: Strength of the KL constraint; the implicit reward is beta * log(policy / reference).
+        loss: `dpo` (arXiv 2305.18290), `ipo` (2310.12036), `rdpo` (length-regularized, 2403.19159), `simpo` (mean
+            log-probability of a token, no reference, 2405.14734), `tdpo1` or `tdpo2` (with the KL divergence at each
+            position, 2404.11999).
+        beta: Scale of the implicit reward beta * log(policy / reference), the strength of the KL constraint; with
+            `simpo` of beta * log(policy) / length. Null is 0.1, with `simpo` 2.5.
         label_smoothing: Probability that a label is wrong (conservative DPO); only with `dpo`.
+        length_coefficient: Reward that each token of an answer costs, R-DPO's alpha; only with `rdpo`.
+        margin: How much higher the chosen reward shall be, SimPO's gamma, not divided by beta; only with `simpo`.
+        kl_coefficient: Weight of the KL divergence at each position, TDPO2's alpha; only with `tdpo2`.
         optimizer: Optimizer of the policy.
         lr_scheduler: Learning-rate schedule, stepped after each optimizer step.
     """
@@ -37,31 +79,37 @@ class PreferenceModule(StageModule):
         self,
         backbone: BackboneSettings,
         trained: str | None = None,
-        loss: Literal["dpo", "ipo"] = "dpo",
-        beta: float = 0.1,
+        loss: Literal["dpo", "ipo", "rdpo", "simpo", "tdpo1", "tdpo2"] = "dpo",
+        beta: float | None = None,
         label_smoothing: float = 0.0,
+        length_coefficient: float = 0.001,
+        margin: float = 0.5,
+        kl_coefficient: float = 0.2,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(backbone, trained, optimizer, lr_scheduler)
-        if beta <= 0:
-            raise UserError(f"beta is {beta}, with which nothing is learned; set it above 0.")
-        if label_smoothing != 0 and loss != "dpo":
-            raise UserError(f"label_smoothing belongs to DPO and does not go with loss {loss}; set it to 0.")
-        if not 0 <= label_smoothing < 0.5:
-            raise UserError(f"label_smoothing is {label_smoothing}; set it to at least 0 and below 0.5.")
         self.loss = loss
-        self.beta = beta
+        self.beta = (SIMPO_BETA if loss == "simpo" else BETA) if beta is None else beta
         self.label_smoothing = label_smoothing
+        self.length_coefficient = length_coefficient
+        self.margin = margin
+        self.kl_coefficient = kl_coefficient
+        self._check_settings()
+
+    def configure_model(self) -> None:
+        """As :meth:`StageModule.configure_model`; a test after a fit without the reference adds it."""
+        super().configure_model()
+        self._add_missing_reference()
 
     def add_roles(self) -> None:
-        """Add the frozen reference and the policy that starts as it."""
-        self.add_reference()
+        """Add the frozen reference, if it is read, and the policy that starts as it."""
+        self._add_missing_reference()
         self.add_policy()
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Loss of one batch of pairs."""
-        loss, _ = self._compare(batch, "train")
+        loss, _, _ = self._compare(batch, "train")
         return loss
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -74,57 +122,107 @@ class PreferenceModule(StageModule):
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Collect what ranks each pair: implicit reward, length, likelihood under the reference."""
-        _, summed = self._compare(batch, "test")
-        self.pair_records.add(
-            cluster=batch.cluster,
-            characters=batch.characters,
-            scores={
-                "dpo_reward": self.beta * (summed["policy"] - summed["reference"]),
-                "longer_answer": batch.characters,
-                "reference_logprob": summed["reference"],
-                "reference_logprob_per_token": summed["reference"] / batch.sequences.response_lengths,
-            },
-        )
+        _, answers, result = self._compare(batch, "test")
+        assert answers.reference is not None
+        scores = {
+            "dpo_reward": self.beta * (answers.policy.detach() - answers.reference),
+            "longer_answer": batch.characters,
+            "reference_logprob": answers.reference,
+            "reference_logprob_per_token": answers.reference / answers.lengths,
+        }
+        if self.loss not in ("dpo", "ipo"):
+            scores["implicit_reward"] = torch.cat([result.chosen_rewards, result.rejected_rewards])
+        self.pair_records.add(cluster=batch.cluster, characters=batch.characters, scores=scores)
 
     def on_test_epoch_end(self) -> None:
         """Log accuracies with their intervals, over all pairs and over those of like length."""
         self.log_dict({f"test/{name}": value for name, value in ranking_accuracies(self.pair_records).items()})
 
     def role_settings(self) -> dict[str, Any]:
-        """Loss and beta: token rewards are read in their units."""
-        return {"loss": self.loss, "beta": self.beta, "label_smoothing": self.label_smoothing}
+        """Loss, beta and the loss's own setting: they say in which units the policy left its reference."""
+        settings: dict[str, Any] = {"loss": self.loss, "beta": self.beta}
+        if self.loss in OWN_SETTINGS:
+            settings[OWN_SETTINGS[self.loss]] = getattr(self, OWN_SETTINGS[self.loss])
+        return settings
 
-    def _compare(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, dict[str, Tensor]]:
-        mask = batch.sequences.response_mask
-        with torch.no_grad():
-            reference_logprobs, _ = self.backbone.token_logprobs("reference", batch.sequences)
-        policy_logprobs, _ = self.backbone.token_logprobs(self.trained_role, batch.sequences)
-        policy, reference = masked_sum(policy_logprobs, mask, dim=1), masked_sum(reference_logprobs, mask, dim=1)
-        result = self._preference_loss(policy, reference)
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    def _check_settings(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"beta is {self.beta}, with which nothing is learned; set it to a finite number above 0.")
+        for loss, name in OWN_SETTINGS.items():
+            value, default = getattr(self, name), signature(PreferenceModule).parameters[name].default
+            if value != default and self.loss != loss:
+                raise UserError(
+                    f"{name} belongs to loss {loss} and does not go with loss {self.loss}; leave it at {default}."
+                )
+            if not 0 <= value < math.inf:
+                raise UserError(f"{name} is {value}; set it to a finite number that is not negative.")
+        if self.label_smoothing >= 0.5:
+            raise UserError(f"label_smoothing is {self.label_smoothing}; set it to at least 0 and below 0.5.")
+
+    def _add_missing_reference(self) -> None:
+        testing = self._trainer is not None and self.trainer.testing
+        if (self.loss != "simpo" or testing) and "reference" not in self.backbone.roles:
+            self.add_reference()
+
+    def _compare(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, _Answers, PreferenceLoss]:
+        answers = self._read(batch, with_reference=self.loss != "simpo" or split == "test")
+        result = self._preference_loss(answers)
         loss = result.losses.mean()
         margins = result.chosen_rewards - result.rejected_rewards
-        pairs = len(batch)
         metrics = {
             "loss": loss,
             "accuracy": (margins > 0).float().mean() + 0.5 * (margins == 0).float().mean(),
             "margin": margins.mean(),
             "reward_chosen": result.chosen_rewards.mean(),
             "reward_rejected": result.rejected_rewards.mean(),
-            "logprob_chosen": policy[:pairs].mean(),
-            "logprob_rejected": policy[pairs:].mean(),
-            "length_chosen": batch.sequences.response_lengths[:pairs].float().mean(),
-            "length_rejected": batch.sequences.response_lengths[pairs:].float().mean(),
         }
+        for name, sums in (("logprob", answers.policy), ("length", answers.lengths.float()), ("kl", answers.kl)):
+            if sums is not None:
+                chosen, rejected = _pair(sums)
+                metrics |= {f"{name}_chosen": chosen.mean(), f"{name}_rejected": rejected.mean()}
         shown = {"loss", "accuracy"}
         for name, value in metrics.items():
-            self.log(f"{split}/{name}", value.detach(), prog_bar=name in shown, batch_size=pairs)
-        return loss, {"policy": policy.detach(), "reference": reference}
+            self.log(f"{split}/{name}", value.detach(), prog_bar=name in shown, batch_size=len(batch))
+        return loss, answers, result
 
-    def _preference_loss(self, policy: Tensor, reference: Tensor) -> PreferenceLoss:
-        policy_chosen, policy_rejected = policy.chunk(2)
-        reference_chosen, reference_rejected = reference.chunk(2)
-        if self.loss == "ipo":
-            return ipo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.beta)
-        return dpo_loss(
-            policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.beta, self.label_smoothing
+    def _read(self, batch: PreferenceBatch, with_reference: bool) -> _Answers:
+        sequences, mask = batch.sequences, batch.sequences.response_mask
+        kl: Tensor | None = None
+        reference: Tensor | None = None
+        if self.loss in ("tdpo1", "tdpo2"):
+            policy, reference, kl = self.backbone.token_divergence(self.trained_role, "reference", sequences)
+        else:
+            if with_reference:
+                with torch.no_grad():
+                    reference, _ = self.backbone.token_logprobs("reference", sequences)
+            policy, _ = self.backbone.token_logprobs(self.trained_role, sequences)
+        return _Answers(
+            policy=masked_sum(policy, mask, dim=1),
+            reference=None if reference is None else masked_sum(reference, mask, dim=1),
+            kl=None if kl is None else masked_sum(kl, mask, dim=1),
+            lengths=sequences.response_lengths,
         )
+
+    def _preference_loss(self, answers: _Answers) -> PreferenceLoss:
+        if self.loss == "simpo":
+            return simpo_loss(*_pair(answers.policy / answers.lengths), self.beta, self.margin)
+        assert answers.reference is not None
+        logprobs = (*_pair(answers.policy), *_pair(answers.reference))
+        if self.loss == "dpo":
+            return dpo_loss(*logprobs, self.beta, self.label_smoothing)
+        if self.loss == "ipo":
+            return ipo_loss(*logprobs, self.beta)
+        if self.loss == "rdpo":
+            return rdpo_loss(*logprobs, *_pair(answers.lengths), self.beta, self.length_coefficient)
+        assert answers.kl is not None
+        if self.loss == "tdpo1":
+            return tdpo1_loss(*logprobs, *_pair(answers.kl), self.beta)
+        return tdpo2_loss(*logprobs, *_pair(answers.kl), self.beta, self.kl_coefficient)
+
+
+def _pair(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the chosen and those of the rejected answers, (B,) each."""
+    chosen, rejected = values.chunk(2)
+    return chosen, rejected

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rto_lightning.backbone import Message, PolicyBackbone
-from rto_lightning.rewards import RewardSource
+from rto_lightning.rewards import WeightedScores
 from rto_lightning.rollout import Trajectory
 
 
@@ -48,9 +48,9 @@ class TrajectoryReader:
         ]
         return torch.cat(parts)
 
-    def scores(self, source: RewardSource, trajectory: Trajectory, prompts: list[list[Message]]) -> Tensor:
-        """Score of each response, (B,), in the units of the source."""
-        parts = [source.score(prompts[rows], trajectory.rows(rows)) for rows in self._batches(trajectory)]
+    def scores(self, scores: WeightedScores, trajectory: Trajectory, prompts: list[list[Message]]) -> Tensor:
+        """What each of S sources says of each response, (B, S), in the units of the source."""
+        parts = [scores.score(prompts[rows], trajectory.rows(rows)) for rows in self._batches(trajectory)]
         return torch.cat(parts)
 
     def _batches(self, trajectory: Trajectory) -> Iterator[slice]:

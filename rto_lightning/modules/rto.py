@@ -10,33 +10,33 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor
 
 from rto_lightning.algorithms import (
     adaptive_kl_coefficient,
     compose_rewards,
-    generalized_advantages,
+    estimate_advantages,
     kl_estimate,
     whiten,
 )
-from rto_lightning.backbone import BackboneSettings, Message, RoleCard
+from rto_lightning.backbone import BackboneSettings, Message, sentence_ends
 from rto_lightning.data import PromptBatch
 from rto_lightning.errors import UserError
-from rto_lightning.modules.experience import Experience
+from rto_lightning.modules.experience import Experience, ScoredTrajectory
 from rto_lightning.modules.phases import Phases
-from rto_lightning.modules.ppo_gradients import accumulate_policy_gradients, accumulate_value_gradients
+from rto_lightning.modules.ppo_update import ppo_update
 from rto_lightning.modules.reading import TrajectoryReader
-from rto_lightning.modules.rto_inputs import check_inputs
-from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
-from rto_lightning.modules.stage import StageModule
-from rto_lightning.rewards import (
-    RewardSource,
-    ScoreNormalizer,
-    make_reward_source,
-    score_statistics,
+from rto_lightning.modules.rto_inputs import check_inputs, reward_sources
+from rto_lightning.modules.rto_roles import (
+    add_critic,
+    add_dpo,
+    add_policy_average,
+    scale_critic,
+    update_policy_average,
 )
+from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings, WeightedReward
+from rto_lightning.modules.stage import StageModule
+from rto_lightning.rewards import WeightedScores, make_scores
 from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngine, response_texts, sample_seeds
 from rto_lightning.seeding import derive_seed, run_seed
 
@@ -60,10 +60,13 @@ class RTOModule(StageModule):
         reward: Saved reward role, or folder or hub name of a sequence-classification model with one label.
         reward_function: A Python function `module:function` in the place of the reward model, called as
             `function(prompts, responses)`; returns a number for each response.
+        more_rewards: Further sources of scores; the weighted sum of all is the score.
         rollout: How responses are sampled.
         rewards: The terms of the reward.
         ppo: Advantages, losses and minibatches.
-        critic: Where the critic starts.
+        critic: Where the critic starts; estimators without a critic build none.
+        ema_decay: Validate and save the exponential moving average of the policy instead of its last weights; the share
+            of the average that an iteration keeps, such as 0.95. Null is off.
         policy_optimizer: Optimizer of the policy.
         critic_optimizer: Optimizer of the critic.
         policy_scheduler: Learning-rate schedule of the policy, stepped once an iteration in which it is trained.
@@ -81,10 +84,12 @@ class RTOModule(StageModule):
         dpo_reference: str | None = None,
         reward: str | None = None,
         reward_function: str | None = None,
+        more_rewards: list[WeightedReward] | None = None,
         rollout: RolloutSettings = RolloutSettings(),  # noqa: B008
         rewards: RewardSettings = RewardSettings(),  # noqa: B008
         ppo: PPOSettings = PPOSettings(),  # noqa: B008
         critic: CriticSettings = CriticSettings(),  # noqa: B008
+        ema_decay: float | None = None,
         policy_optimizer: OptimizerCallable = torch.optim.AdamW,
         critic_optimizer: OptimizerCallable = torch.optim.AdamW,
         policy_scheduler: LRSchedulerCallable | None = None,
@@ -92,19 +97,21 @@ class RTOModule(StageModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(backbone, trained, policy_optimizer, policy_scheduler)
-        check_inputs(dpo, reward, reward_function, rewards, critic)
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise UserError(f"model.ema_decay is {ema_decay}; set it between 0 and 1, or to null.")
+        self.sources = reward_sources(reward, reward_function, more_rewards or [])
+        check_inputs(dpo, self.sources, rewards, ppo, critic)
         self.automatic_optimization = False
         self.dpo, self.dpo_reference = dpo, dpo_reference
-        self.reward, self.reward_function = reward, reward_function
         self.rollout_settings, self.rewards, self.ppo, self.critic = rollout, rewards, ppo, critic
+        self.ema_decay = ema_decay
         self.critic_optimizer, self.critic_scheduler = critic_optimizer, critic_scheduler
         self.seed = run_seed(seed)
         self.phases = Phases()
-        self.reward_source: RewardSource | None = None
+        self.scores: WeightedScores | None = None
         self._schedulers: dict[str, Any] = {}
         self.register_buffer("kl_coefficient", torch.tensor(rewards.beta_2, dtype=torch.float64))
         self.kl_coefficient: Tensor
-        self.score_normalizer = ScoreNormalizer(rewards.normalize_score)
         self.last_rollout: tuple[Trajectory, list[list[Message]]]
         """Responses of the last iteration and the messages of their prompts, for callbacks."""
 
@@ -122,46 +129,55 @@ class RTOModule(StageModule):
         if self._trainer is not None and self.trainer.predicting:
             return  # answers need the policy alone
         if self.rewards.beta_1 != 0:
-            self._add_dpo()
+            assert self.dpo is not None
+            add_dpo(self.backbone, self.dpo, self.dpo_reference, self.init_fingerprint)
         if self.rewards.beta_3 != 0:
-            source = make_reward_source(self.backbone, self.reward, self.reward_function)
-            if isinstance(source, nn.Module):
-                self.outside_reward_model = source  # registered, so that it moves to the device
-            self.reward_source = source
-        if self.critic.init == "reward":
-            self.backbone.copy_role("reward", "critic", trainable=True, scalar_head=True)
-        elif self.critic.init == "policy":
-            self.backbone.copy_role("reference", "critic", trainable=True, scalar_head=True)
-        else:
-            self.backbone.add_role("critic", self.critic.init, trainable=True, scalar_head=True)
-        for card in (self.backbone.cards.get("reward"), self.backbone.cards.get("policy")):
-            if card is not None and card.score_mean is not None and card.score_std is not None:
-                self._set_score_statistics(card.score_mean, card.score_std)
-                break
+            sources = [(source.reward, source.reward_function, source.weight) for source in self.sources]
+            self.scores = make_scores(self.backbone, sources, self.rewards.normalize_score)
+            policy_card = self.backbone.cards.get("policy")
+            self.scores.restore(policy_card.settings.get("score_statistics", []) if policy_card is not None else [])
+        if self._trainer is not None and not self.trainer.training:
+            return
+        if self.ppo.has_critic:
+            add_critic(self.backbone, self.critic.init)
+            if self.scores is not None and self.scores.normalizer().ready:
+                scale_critic(self.backbone, self.critic.init, self.scores.normalizer())
+        if self.ema_decay is not None:
+            add_policy_average(self.backbone)
+
+    @property
+    def saved_role(self) -> str:
+        """The policy, or its moving average."""
+        return "policy_average" if "policy_average" in self.backbone.roles else "policy"
 
     def setup(self, stage: str) -> None:
         """As :meth:`StageModule.setup`; also refuses what one iteration cannot do.
 
         Raises:
-            UserError: for several devices, or sampling at temperature 0 in training.
+            UserError: for several devices; in training also for sampling at temperature 0, or for a single response to
+                a prompt where the estimator compares several.
         """
         super().setup(stage)
         if self.trainer.world_size > 1:
             raise UserError("RTO runs on one device in this version; set trainer.devices to 1.")
-        if stage == "fit" and self.rollout_settings.temperature <= 0:
-            raise UserError("rollout.temperature is 0, which gives PPO nothing to learn from; set it above 0.")
+        if stage == "fit":
+            self.ppo.check_group(self.rollout_settings.responses_per_prompt)
+            if self.rollout_settings.temperature <= 0:
+                raise UserError("rollout.temperature is 0, which gives PPO nothing to learn from; set it above 0.")
 
     def configure_optimizers(self) -> Any:
-        """Policy and critic, in this order, each with its own schedule."""
-        policy = self.optimizer(self.backbone.trained_parameters("policy"))
-        critic = self.critic_optimizer(self.backbone.trained_parameters("critic"))
-        schedules = {"policy": (self.lr_scheduler, policy), "critic": (self.critic_scheduler, critic)}
-        self._schedulers = {name: make(optimizer) for name, (make, optimizer) in schedules.items() if make is not None}
-        return [policy, critic], [{"scheduler": scheduler} for scheduler in self._schedulers.values()]
+        """Policy and, with a critic, critic, in this order, each with its own schedule."""
+        optimizers = {"policy": self.optimizer(self.backbone.trained_parameters("policy"))}
+        schedules = {"policy": self.lr_scheduler}
+        if self.ppo.has_critic:
+            optimizers["critic"] = self.critic_optimizer(self.backbone.trained_parameters("critic"))
+            schedules["critic"] = self.critic_scheduler
+        self._schedulers = {name: make(optimizers[name]) for name, make in schedules.items() if make is not None}
+        return list(optimizers.values()), [{"scheduler": scheduler} for scheduler in self._schedulers.values()]
 
     def on_fit_start(self) -> None:
         """Check the batch size; measure score statistics if neither a role nor a checkpoint brought them."""
-        self.ppo.check(self._datamodule.batch_size)
+        self.ppo.check(self._datamodule.batch_size * self.rollout_settings.responses_per_prompt)
         self._measure_if_needed(self._datamodule.train_dataloader)
 
     def on_validation_start(self) -> None:
@@ -182,29 +198,34 @@ class RTOModule(StageModule):
         Raises:
             UserError: if all answers have the same score.
         """
-        assert self.reward_source is not None
+        assert self.scores is not None
         wanted, scores = self.rewards.normalization_samples, torch.empty(0)
         for batch in batches:
             batch = batch.to(self.device)
             seeds = sample_seeds(self.seed, NORMALIZATION, batch.index)
             trajectory = self.engine.rollout("reference", batch.input_ids, batch.attention_mask, seeds)
-            scores = torch.cat([scores, self.reader.scores(self.reward_source, trajectory, batch.messages).cpu()])
+            scores = torch.cat([scores, self.reader.scores(self.scores, trajectory, batch.messages).cpu()])
             if len(scores) >= wanted:
                 break
-        mean, std = score_statistics(scores[:wanted], self.reward_source.name).tolist()
-        self._set_score_statistics(mean, std)
+        units_are_new = not self.scores.normalizer().ready
+        self.scores.measure(scores[:wanted])
+        if units_are_new:
+            scale_critic(self.backbone, self.critic.init, self.scores.normalizer())
 
     # One iteration ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One PPO iteration."""
         iteration = self.global_step
+        batch = batch.repeated(self.rollout_settings.responses_per_prompt)
         with self.phases.phase("rollout", self.trainer):
             trajectory = self.rollout(batch, iteration)
         with self.phases.phase("scoring", self.trainer):
             experience = self.score(trajectory, batch.messages)
         with self.phases.phase("update", self.trainer):
             losses = self.update(experience, iteration)
+            if self.ema_decay is not None:
+                update_policy_average(self.backbone, self.ema_decay)
         self.last_rollout = trajectory, batch.messages
         metrics: dict[str, Tensor | float] = {**experience.metrics(), **losses, **self.phases.finish(len(batch))}
         metrics["kl_coefficient"] = float(self.kl_coefficient)
@@ -213,28 +234,31 @@ class RTOModule(StageModule):
         for name, value in metrics.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=len(batch))
 
-    def rollout(self, batch: PromptBatch, iteration: int) -> Trajectory:
-        """Sample a response of the policy to each prompt.
+    def rollout(self, batch: PromptBatch, iteration: int, role: str = "policy") -> Trajectory:
+        """Sample a response to each prompt.
 
         Args:
-            batch: B prompts.
+            batch: B prompts; for several responses to each, `batch.repeated(times)`.
             iteration: enters the seed of each sample, with the run's seed and the prompt's row.
+            role: who answers.
         """
         seeds = sample_seeds(self.seed, iteration, batch.index)
-        return self.engine.rollout("policy", batch.input_ids, batch.attention_mask, seeds)
+        return self.engine.rollout(role, batch.input_ids, batch.attention_mask, seeds)
 
     @torch.no_grad()
-    def score(self, trajectory: Trajectory, prompts: list[list[Message]]) -> Experience:
-        """Read the trajectory as every role and turn that into rewards, advantages and returns.
+    def reward(self, trajectory: Trajectory, prompts: list[list[Message]], role: str = "policy") -> ScoredTrajectory:
+        """Read the trajectory as the frozen roles and turn that into the reward of every token.
 
         Args:
             trajectory: B prompts with a response each.
             prompts: the messages of the prompts, for reward sources that read text.
+            role: whose responses they are.
         """
-        temperature, mask = self.rollout_settings.temperature or 1.0, trajectory.sequences.response_mask
-        logprobs, entropy = self.reader.logprobs_and_entropy("policy", trajectory, temperature)
+        temperature, sequences = self.rollout_settings.temperature or 1.0, trajectory.sequences
+        mask = sequences.response_mask
+        logprobs, entropy = self.reader.logprobs_and_entropy(role, trajectory, temperature)
         reference = self.reader.logprobs("reference", trajectory, temperature)
-        dpo = dpo_reference = None
+        dpo = dpo_reference = ends = None
         if self.rewards.beta_1 != 0:
             # DPO and its reference are read at temperature 1, where DPO was trained.
             dpo = self.reader.logprobs("dpo", trajectory)
@@ -242,16 +266,15 @@ class RTOModule(StageModule):
                 dpo_reference = self.reader.logprobs("dpo_reference", trajectory)
             elif temperature != 1.0:
                 dpo_reference = self.reader.logprobs("reference", trajectory)
-        values = self.reader.values("critic", trajectory)
-        scores = None
-        if self.reward_source is not None:
-            scores = self.reader.scores(self.reward_source, trajectory, prompts)
+            if self.rewards.granularity == "sentence":
+                ends = sentence_ends(self.chat.tokenizer, sequences.response_ids, mask)
+        scores = self.reader.scores(self.scores, trajectory, prompts) if self.scores is not None else None
         terms = compose_rewards(
             logprobs,
             reference,
             dpo,
             dpo_reference,
-            self.score_normalizer(scores) if scores is not None else None,
+            self.scores.combine(scores) if self.scores is not None and scores is not None else None,
             mask,
             beta_1=self.rewards.beta_1,
             beta_2=float(self.kl_coefficient),
@@ -261,12 +284,31 @@ class RTOModule(StageModule):
             kl_estimator=self.rewards.kl_estimator,
             truncated=trajectory.truncated,
             truncation_penalty=self.rewards.truncation_penalty,
+            granularity=self.rewards.granularity,
+            sentence_ends=ends,
+            min_response_tokens=self.rewards.min_response_tokens,
+            short_penalty=self.rewards.short_penalty,
         )
-        advantages, returns = generalized_advantages(terms.total, values, mask, self.ppo.gamma, self.ppo.lam)
-        if self.ppo.whiten_advantages:
-            advantages = whiten(advantages, mask)
         kl = kl_estimate(logprobs, reference, mask, "k1")
-        return Experience(trajectory, logprobs, entropy, kl, values, scores, terms, advantages, returns)
+        return ScoredTrajectory(trajectory, logprobs, entropy, kl, scores, terms)
+
+    @torch.no_grad()
+    def score(self, trajectory: Trajectory, prompts: list[list[Message]]) -> Experience:
+        """Rewards as `reward` gives them, and the advantages and returns that policy and critic are trained on.
+
+        Args:
+            trajectory: B prompts with a response each; responses to one prompt are neighbours.
+            prompts: the messages of the prompts, for reward sources that read text.
+        """
+        scored = self.reward(trajectory, prompts)
+        values = self.reader.values("critic", trajectory) if self.ppo.has_critic else None
+        ppo, group_size = self.ppo, self.rollout_settings.responses_per_prompt
+        advantages, returns = estimate_advantages(
+            ppo.estimator, scored.terms, scored.mask, ppo.gamma, ppo.lam, values, group_size
+        )
+        if ppo.whitens:
+            advantages = whiten(advantages, scored.mask)
+        return Experience(**vars(scored), values=values, advantages=advantages, returns=returns)
 
     def update(self, experience: Experience, iteration: int) -> dict[str, Tensor]:
         """Epochs x minibatches x microbatches of policy and value loss.
@@ -276,38 +318,34 @@ class RTOModule(StageModule):
             iteration: enters the seed of the minibatch order; the policy waits for the critic's warm-up.
 
         Returns:
-            Means over the optimizer steps, for the log.
+            Means over the minibatches, for the log.
         """
         samples = len(experience.mask)
         self.ppo.check(samples)
-        size = self.ppo.minibatch_size or samples
-        steps = [
-            rows
+        minibatches = [
+            rows.to(experience.mask.device)
             for epoch in range(self.ppo.epochs)
-            for rows in torch.randperm(samples, generator=self._generator(iteration, epoch)).split(size)
+            for rows in torch.randperm(samples, generator=self._generator(iteration, epoch)).split(
+                self.ppo.minibatch_size or samples
+            )
         ]
-        policy_optimizer, critic_optimizer = self.optimizers()  # type: ignore[attr-defined]
-        train_policy = iteration >= self.critic.warmup_iterations
-        history: list[dict[str, Tensor]] = []
-        for number, rows in enumerate(steps):
-            last, rows = number == len(steps) - 1, rows.to(experience.mask.device)
-            metrics = accumulate_value_gradients(self.backbone, experience, rows, self.ppo, self.manual_backward)
-            clip = self.ppo.critic_gradient_clip_val
-            metrics["critic/gradient_norm"] = self._step(critic_optimizer, "critic", clip, last and not train_policy)
-            if train_policy:
-                metrics |= accumulate_policy_gradients(
-                    self.backbone, experience, rows, self.ppo, self.rollout_settings.temperature, self.manual_backward
-                )
-                clip = self.ppo.policy_gradient_clip_val
-                metrics["policy/gradient_norm"] = self._step(policy_optimizer, "policy", clip, last)
-            history.append(metrics)
+        optimizers = self.optimizers()
+        policy, critic = optimizers if isinstance(optimizers, list) else (optimizers, None)
+        train_policy = critic is None or iteration >= self.critic.warmup_iterations
+        metrics = ppo_update(
+            self.backbone,
+            experience,
+            minibatches,
+            self.ppo,
+            self.rollout_settings.temperature,
+            self.manual_backward,
+            policy if train_policy else None,
+            critic,
+        )
         for name, scheduler in self._schedulers.items():
             if name == "critic" or train_policy:
                 scheduler.step()
-        result = {name: torch.stack([m[name].float() for m in history]).mean() for name in history[0]}
-        if train_policy:
-            result["policy/ratio_deviation_first"] = history[0]["policy/ratio_deviation"]
-        return result
+        return metrics
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Plain: the losses of policy and critic each run it within their own role."""
@@ -333,27 +371,11 @@ class RTOModule(StageModule):
             )
         ]
 
-    def role_card(self) -> RoleCard:
-        """As :meth:`StageModule.role_card`, with the statistics by which scores were normalised."""
-        card = super().role_card()
-        if self.score_normalizer.enabled and self.score_normalizer.ready:
-            card.score_mean, card.score_std = self.score_normalizer.mean_std.tolist()
-        return card
+    def role_settings(self) -> dict[str, Any]:
+        """The statistics by which scores were normalised, so that a test of the policy takes the same."""
+        return {"score_statistics": self.scores.statistics()} if self.scores is not None else {}
 
     # Inside -----------------------------------------------------------------------------------------------------
-
-    def _add_dpo(self) -> None:
-        assert self.dpo is not None
-        self.backbone.add_role("dpo", self.dpo)
-        if self.dpo_reference is not None:
-            self.backbone.add_role("dpo_reference", self.dpo_reference)
-            return
-        card = self.backbone.cards.get("dpo")
-        if card is not None and card.kind == "adapter" and card.init_fingerprint != self.init_fingerprint:
-            raise UserError(
-                f"the dpo role {self.dpo} was trained against another reference than this run's; set "
-                "model.backbone.init as in its DPO run, or name that reference as model.dpo_reference."
-            )
 
     @property
     def _datamodule(self) -> Any:
@@ -363,24 +385,8 @@ class RTOModule(StageModule):
         return datamodule
 
     def _measure_if_needed(self, dataloader: Callable[[], Iterable[PromptBatch]]) -> None:
-        if self.reward_source is not None and not self.score_normalizer.ready:
+        if self.scores is not None and not self.scores.ready:
             self.measure_score_statistics(dataloader())
-
-    def _set_score_statistics(self, mean: float, std: float) -> None:
-        if not self.score_normalizer.enabled:
-            return
-        self.score_normalizer.set(mean, std)
-        critic_card = self.backbone.cards.get("critic")
-        if self.critic.init == "reward" or (critic_card is not None and critic_card.role == "reward"):
-            self.backbone.head("critic").rescale(mean, std)
-
-    def _step(self, optimizer: LightningOptimizer, role: str, clip: float | None, last_of_iteration: bool) -> Tensor:
-        parameters = self.backbone.trained_parameters(role)
-        norm = clip_grad_norm_(parameters, clip if clip is not None else torch.inf)
-        # Lightning's wrapper counts `global_step`: once an iteration.
-        (optimizer if last_of_iteration else optimizer.optimizer).step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm.detach()
 
     def _adapt_kl_coefficient(self, kl: float, samples: int) -> None:
         target, horizon = self.rewards.kl_target, self.rewards.kl_horizon
@@ -389,11 +395,10 @@ class RTOModule(StageModule):
             self.kl_coefficient.fill_(adapted)
 
     def _evaluate(self, batch: PromptBatch, split: str) -> None:
-        trajectory = self.rollout(batch, EVALUATION)
+        trajectory = self.rollout(batch, EVALUATION, self.saved_role)
         shown = {"reward/total", "kl"}
-        for name, value in self.score(trajectory, batch.messages).metrics().items():
-            if not name.startswith("value/"):  # the critic is not saved with the policy; this may be another one
-                self.log(f"{split}/{name}", value.float(), prog_bar=name in shown, batch_size=len(batch))
+        for name, value in self.reward(trajectory, batch.messages, self.saved_role).metrics().items():
+            self.log(f"{split}/{name}", value.float(), prog_bar=name in shown, batch_size=len(batch))
 
     def _generator(self, iteration: int, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", iteration, epoch))

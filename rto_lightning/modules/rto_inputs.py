@@ -1,13 +1,19 @@
 """Which roles an RTO run needs, checked before anything is loaded."""
 
+from collections.abc import Sequence
+
 from rto_lightning.backbone.roles import role_folder
 from rto_lightning.errors import UserError
-from rto_lightning.modules.rto_settings import CriticSettings, RewardSettings
+from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings, WeightedReward
 from rto_lightning.rewards import saved_reward_role
 
 
 def check_inputs(
-    dpo: str | None, reward: str | None, reward_function: str | None, rewards: RewardSettings, critic: CriticSettings
+    dpo: str | None,
+    sources: Sequence[WeightedReward],
+    rewards: RewardSettings,
+    ppo: PPOSettings,
+    critic: CriticSettings,
 ) -> None:
     """Compare the roles that are named with what the coefficients of the reward ask for.
 
@@ -21,14 +27,35 @@ def check_inputs(
                 "rewards.beta_1 is not 0, which needs a DPO role; set model.dpo, or beta_1 to 0 for plain PPO."
             )
         role_folder(dpo, "dpo")
-    if reward is not None and reward_function is not None:
-        raise UserError("model.reward and model.reward_function are both set; set one of them to null.")
-    if rewards.beta_3 != 0 and reward is None and reward_function is None:
+    if rewards.beta_3 != 0 and not sources:
         raise UserError(
             "rewards.beta_3 is not 0, which needs model.reward or model.reward_function; set one, or beta_3 to 0."
         )
-    has_reward_role = rewards.beta_3 != 0 and saved_reward_role(reward) is not None
-    if critic.init == "reward" and not has_reward_role:
+    if rewards.granularity == "shaping" and ppo.gamma != 1:
+        raise UserError(
+            "rewards.granularity shaping leaves the return of a response unchanged only without discount, but "
+            f"ppo.gamma is {ppo.gamma}; set it to 1."
+        )
+    saved = [saved_reward_role(source.reward) for source in sources] if rewards.beta_3 != 0 else []
+    if not ppo.has_critic:
+        return
+    if critic.init == "reward" and (not saved or saved[0] is None):
         raise UserError("critic.init is reward, but no saved reward role is used; set critic.init to policy.")
     if critic.init not in ("reward", "policy") and role_folder(critic.init, "reward") is None:
         raise UserError(f"critic.init is {critic.init}; set it to reward, policy or the folder of a saved role.")
+
+
+def reward_sources(
+    reward: str | None, reward_function: str | None, more: Sequence[WeightedReward]
+) -> list[WeightedReward]:
+    """All sources of scores, the first of them with weight 1.
+
+    Raises:
+        UserError: if there are two first ones.
+    """
+    if reward is not None and reward_function is not None:
+        raise UserError(
+            "model.reward and model.reward_function are both set; set one to null, and name it in model.more_rewards."
+        )
+    first = [] if reward is None and reward_function is None else [WeightedReward(reward, reward_function)]
+    return [*first, *more]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from rto_lightning.algorithms import GROUP_ESTIMATORS, WHITENED_ESTIMATORS, Estimator, Granularity
 from rto_lightning.errors import UserError, check_settings
 
 
@@ -18,6 +19,10 @@ class RewardSettings:
     """Scale of the sentence-level score; 0 needs no reward model."""
     token_reward_clip: float = 0.05
     """Largest magnitude of a token reward, after scaling by beta_1; 0 is off."""
+    granularity: Granularity = "token"
+    """Where token rewards are put after clipping: `token` leaves them (RTO); `sentence` moves each sentence's sum to
+    its end (Semi-RTO); `delayed` moves the whole sum to the last token (DDPO); `shaping` takes the sum off again at
+    the last token, so that a response earns its score alone (RS-PPO)."""
     score_clip: float = 10.0
     """Largest magnitude of a score, after normalisation; 0 is off."""
     normalize_score: bool = True
@@ -26,6 +31,10 @@ class RewardSettings:
     """Answers to measure those on when the reward role does not bring them along."""
     truncation_penalty: float = 0.0
     """Subtracted from the score of a response that hit the length limit."""
+    min_response_tokens: int = 0
+    """Responses with fewer tokens, the stop id included, pay `short_penalty`; 0 is off."""
+    short_penalty: float = 0.0
+    """Subtracted from the score of a response that is too short."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL divergence in the reward."""
     kl_target: float | None = None
@@ -39,8 +48,35 @@ class RewardSettings:
             "model.rewards",
             self,
             positive=("kl_target", "kl_horizon", "normalization_samples"),
-            not_negative=("token_reward_clip", "score_clip", "truncation_penalty"),
+            not_negative=(
+                "token_reward_clip",
+                "score_clip",
+                "truncation_penalty",
+                "min_response_tokens",
+                "short_penalty",
+            ),
         )
+        if (self.short_penalty == 0) != (self.min_response_tokens == 0):
+            raise UserError(
+                "model.rewards.short_penalty and min_response_tokens do nothing without each other; set both or none."
+            )
+
+
+@dataclass
+class WeightedReward:
+    """One more source of scores beside the first."""
+
+    reward: str | None = None
+    """Folder or hub name of a sequence-classification model with one label."""
+    reward_function: str | None = None
+    """A Python function `module:function`, in the place of `reward`."""
+    weight: float = 1.0
+    """Its normalised score is multiplied by this and added to that of the first source."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError unless exactly one source is named."""
+        if (self.reward is None) == (self.reward_function is None):
+            raise UserError("each of model.more_rewards names one source; set either reward or reward_function.")
 
 
 @dataclass
@@ -59,10 +95,20 @@ class PPOSettings:
     """Discount of rewards, per token."""
     lam: float = 0.95
     """Lambda of generalised advantage estimation (arXiv 1506.02438)."""
-    whiten_advantages: bool = True
-    """Bring advantages to mean 0 and variance 1 over the iteration."""
+    estimator: Estimator = "gae"
+    """How rewards become advantages: `gae` with a critic; without one `reinforce++` (arXiv 2501.03262), `rloo`
+    (arXiv 2402.14740) or `grpo` (arXiv 2402.03300), the last two with several `rollout.responses_per_prompt`."""
+    whiten_advantages: bool | None = None
+    """Bring advantages to mean 0 and variance 1 over the iteration; null does so for `gae` and `reinforce++`."""
     clip_range: float = 0.2
     """The policy ratio counts up to 1 +- this."""
+    dual_clip: float | None = None
+    """Largest ratio, above 1, by which a negative advantage counts (arXiv 1912.09729); null is off."""
+    entropy_coefficient: float = 0.0
+    """Entropy bonus: this times the policy's mean entropy, in nats, is subtracted from its loss."""
+    kl_stop: float | None = None
+    """KL from the policy that sampled, in nats a token and estimated on each minibatch, beyond which the policy is not
+    trained further in this iteration; null is off."""
     value_clip_range: float | None = 0.2
     """New values count up to old values +- this; null is off."""
     aggregation: Literal["sequence", "token"] = "sequence"
@@ -74,17 +120,38 @@ class PPOSettings:
 
     def __post_init__(self) -> None:
         """Raise UserError for values that no run can use."""
-        positive = ("epochs", "minibatch_size", "microbatch_size", "scoring_batch_size", "clip_range")
-        clips = ("value_clip_range", "policy_gradient_clip_val", "critic_gradient_clip_val")
-        check_settings("model.ppo", self, positive=positive + clips)
+        sizes = ("epochs", "minibatch_size", "microbatch_size", "scoring_batch_size")
+        limits = ("clip_range", "value_clip_range", "policy_gradient_clip_val", "critic_gradient_clip_val", "kl_stop")
+        check_settings("model.ppo", self, positive=sizes + limits, not_negative=("entropy_coefficient",))
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise UserError(f"model.ppo.dual_clip is {self.dual_clip}; set it above 1, or to null.")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the estimator reads values."""
+        return self.estimator == "gae"
+
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages are whitened."""
+        chosen = self.whiten_advantages
+        return self.estimator in WHITENED_ESTIMATORS if chosen is None else chosen
 
     def check(self, samples: int) -> None:
         """Raise UserError if `samples` of one iteration do not split into the minibatches."""
         size = self.minibatch_size or samples
         if samples % size:
             raise UserError(
-                f"ppo.minibatch_size {size} does not divide the {samples} prompts of an iteration (data.batch_size); "
-                "set one to a divisor of the other."
+                f"ppo.minibatch_size {size} does not divide the {samples} responses of an iteration (data.batch_size "
+                "times rollout.responses_per_prompt); set one to a divisor of the other."
+            )
+
+    def check_group(self, responses_per_prompt: int) -> None:
+        """Raise UserError if the estimator compares responses of a prompt and there is only one."""
+        if self.estimator in GROUP_ESTIMATORS and responses_per_prompt < 2:
+            raise UserError(
+                f"ppo.estimator {self.estimator} compares several responses to a prompt; set "
+                "rollout.responses_per_prompt to 2 or more."
             )
 
 

@@ -54,6 +54,11 @@ class StageModule(LightningModule):
         if trained is not None:
             role_folder(trained, self.saved_as, self.stage_name)
 
+    @property
+    def saved_role(self) -> str:
+        """The role whose weights are saved: the trained one."""
+        return self.trained_role
+
     @cached_property
     def chat(self) -> ChatTokenizer:
         """The tokenizer of the base model, which the data modules use too."""
@@ -117,7 +122,8 @@ class StageModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained weights and buffers of the stage only."""
-        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained = {id(weight) for role in self.backbone.roles for weight in self.backbone.trained_parameters(role)}
+        kept = {name for name, parameter in self.named_parameters() if id(parameter) in trained}
         kept |= {name for name, _ in self.named_buffers() if not name.startswith("backbone.")}
         weights: Mapping[str, Tensor] = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: weights[name] for name in weights if name in kept}
@@ -128,11 +134,11 @@ class StageModule(LightningModule):
         Raises:
             UserError: if the folder exists and is not empty.
         """
-        self.backbone.save_role(self.trained_role, folder, self.role_card())
+        self.backbone.save_role(self.saved_role, folder, self.role_card())
 
     def role_card(self) -> RoleCard:
         """What `role.json` will say."""
-        card = self.backbone.card(self.trained_role, self.saved_as, self.role_settings())
+        card = self.backbone.card(self.saved_role, self.saved_as, self.role_settings())
         card.init_fingerprint = self.init_fingerprint
         return card
 

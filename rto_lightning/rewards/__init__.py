@@ -1,11 +1,12 @@
 """Where the sentence-level score comes from: a reward role, an outside model, or a Python function."""
 
-from rto_lightning.rewards.build import make_reward_source, saved_reward_role
+from rto_lightning.rewards.build import make_reward_source, make_scores, saved_reward_role
 from rto_lightning.rewards.function import FunctionReward
 from rto_lightning.rewards.normalization import ScoreNormalizer, score_statistics
 from rto_lightning.rewards.outside_model import OutsideRewardModel
 from rto_lightning.rewards.role import RoleReward
 from rto_lightning.rewards.source import RewardSource
+from rto_lightning.rewards.weighted import WeightedScores
 
 __all__ = [
     "FunctionReward",
@@ -13,7 +14,9 @@ __all__ = [
     "RewardSource",
     "RoleReward",
     "ScoreNormalizer",
+    "WeightedScores",
     "make_reward_source",
+    "make_scores",
     "saved_reward_role",
     "score_statistics",
 ]

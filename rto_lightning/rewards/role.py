@@ -1,4 +1,4 @@
-"""Scores by the reward role of the backbone."""
+"""Scores by a reward role of the backbone."""
 
 from torch import Tensor
 
@@ -7,17 +7,18 @@ from rto_lightning.rollout import Trajectory
 
 
 class RoleReward:
-    """The scalar head of the role `reward` at the last response token.
+    """The scalar head of a reward role at the last response token.
 
     Args:
         backbone: the backbone that has the role.
+        role: `reward`, or `reward_2` and so on where there are several.
     """
 
-    name = "the reward role"
-
-    def __init__(self, backbone: PolicyBackbone) -> None:
+    def __init__(self, backbone: PolicyBackbone, role: str = "reward") -> None:
         self.backbone = backbone
+        self.role = role
+        self.name = f"the {role} role"
 
     def score(self, prompts: list[list[Message]], trajectory: Trajectory) -> Tensor:
         """See :meth:`RewardSource.score`."""
-        return self.backbone.sequence_scores("reward", trajectory.sequences).float()
+        return self.backbone.sequence_scores(self.role, trajectory.sequences).float()

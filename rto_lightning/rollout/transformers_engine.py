@@ -19,12 +19,15 @@ class RolloutSettings:
     """Length limit of a response in tokens, the stop id included."""
     temperature: float = 1.0
     """Divides the policy's logits, and those of the KL reference. 0 is greedy, for `predict` only."""
+    responses_per_prompt: int = 1
+    """Responses to each prompt in training; held-out prompts get one."""
     batch_size: int | None = None
-    """Prompts that are sampled at a time; null takes all prompts of the iteration at once."""
+    """Responses that are sampled at a time; null takes all of the iteration at once."""
 
     def __post_init__(self) -> None:
         """Raise UserError for values that no run can use."""
-        check_settings("model.rollout", self, ("max_new_tokens", "batch_size"), ("temperature",))
+        positive = ("max_new_tokens", "responses_per_prompt", "batch_size")
+        check_settings("model.rollout", self, positive, not_negative=("temperature",))
 
 
 class TransformersEngine:

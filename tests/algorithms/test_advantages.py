@@ -3,7 +3,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rto_lightning.algorithms import generalized_advantages, whiten
+from rto_lightning.algorithms import generalized_advantages, return_to_go, whiten
 
 from .strategies import Batch, batches
 
@@ -64,6 +64,23 @@ def test_left_padding_is_zero_too() -> None:
     mask = torch.tensor([[False, True, True]])
     advantages, returns = generalized_advantages(torch.ones(1, 3), torch.zeros(1, 3), mask, 1.0, 1.0)
     assert advantages.tolist() == returns.tolist() == [[0.0, 2.0, 1.0]]
+
+
+# return_to_go
+
+
+@given(batches(), UNIT)
+def test_return_to_go_is_the_discounted_sum_from_each_token_on(batch: Batch, gamma: float) -> None:
+    rewards = batch.normal()
+    returns = return_to_go(batch.spoil(rewards), batch.mask, gamma)
+    for row, length in enumerate(batch.mask.sum(dim=1).tolist()):
+        for t in range(length):
+            expected = sum(gamma ** (k - t) * rewards[row, k].item() for k in range(t, length))
+            assert returns[row, t].item() == pytest.approx(expected, abs=1e-12)
+    assert not returns[~batch.mask].any()
+
+
+# whiten
 
 
 @given(batches())

@@ -177,6 +177,59 @@ def test_clipping_never_lowers_the_loss(batch: Batch) -> None:
     assert policy_loss(*inputs, clip_range=0.2)[0] >= policy_loss(*inputs, clip_range=1e6)[0]
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected", "gradient", "clipped"),
+    [
+        (5.0, -2.0, 6.0, 0.0, 1),
+        (2.9, -2.0, 5.8, 5.8, 0),
+        (0.5, -2.0, 1.6, 0.0, 1),
+        (0.9, -2.0, 1.8, 1.8, 0),
+        (5.0, 2.0, -2.4, 0.0, 1),
+        (0.5, 2.0, -1.0, -1.0, 0),
+        (5.0, 0.0, 0.0, 0.0, 0),
+    ],
+)
+def test_dual_clip_of_one_token(ratio: float, advantage: float, expected: float, gradient: float, clipped: int) -> None:
+    """With c = 3 the loss of a negative advantage ends at 3 times its size; the other sides are as without."""
+    logprobs = scalar(math.log(ratio) - 1).requires_grad_()
+    loss, statistics = policy_loss(logprobs, scalar(-1), scalar(advantage), ONE, clip_range=0.2, dual_clip=3.0)
+    loss.backward()
+    assert logprobs.grad is not None
+    assert loss.item() == pytest.approx(expected)
+    assert logprobs.grad.item() == pytest.approx(gradient)
+    assert statistics.clipped.item() == clipped
+
+
+@given(batches(), st.floats(1.01, 5))
+def test_dual_clip_is_the_equation(batch: Batch, dual_clip: float) -> None:
+    logprobs, old, advantages = batch.logprobs().requires_grad_(), batch.logprobs(), batch.normal()
+    loss, statistics = policy_loss(
+        batch.spoil(logprobs), old, batch.spoil(advantages), batch.mask, 0.2, dual_clip=dual_clip
+    )
+    ratio = (logprobs - old).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    dual = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+    torch.testing.assert_close(loss, aggregate(-dual, batch.mask))
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(gradient, torch.autograd.grad(aggregate(-dual, batch.mask), logprobs)[0])
+    assert statistics.clipped == (gradient[batch.mask] == 0).sum()
+
+
+@given(batches())
+def test_wide_dual_clip_changes_nothing(batch: Batch) -> None:
+    inputs = (batch.logprobs(), batch.logprobs(), batch.normal(), batch.mask)
+    plain, plain_statistics = policy_loss(*inputs, clip_range=0.2)
+    loss, statistics = policy_loss(*inputs, clip_range=0.2, dual_clip=1e6)
+    assert torch.equal(loss, plain)
+    assert statistics == plain_statistics
+
+
+@pytest.mark.parametrize("dual_clip", [1.0, 0.5, math.nan])
+def test_dual_clip_must_be_above_1(dual_clip: float) -> None:
+    with pytest.raises(ValueError, match="dual_clip"):
+        policy_loss(scalar(-1), scalar(-1), scalar(1), ONE, 0.2, dual_clip=dual_clip)
+
+
 # value_loss
 
 

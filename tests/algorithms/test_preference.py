@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rto_lightning.algorithms import dpo_loss, ipo_loss
+from rto_lightning.algorithms import dpo_loss, ipo_loss, rdpo_loss, simpo_loss
 
 LOGPROBS = st.floats(-20, 0)
 BETAS = st.floats(0.05, 1)
+LENGTHS = st.integers(1, 200)
 
 
 def pair(*numbers: float) -> list[Tensor]:
@@ -104,3 +105,54 @@ def test_rewards_do_not_depend_on_the_loss(numbers: list[Tensor], beta: float) -
     dpo, ipo = dpo_loss(*numbers, beta), ipo_loss(*numbers, beta)
     assert torch.equal(dpo.chosen_rewards, ipo.chosen_rewards)
     assert torch.equal(dpo.rejected_rewards, ipo.rejected_rewards)
+
+
+@given(PAIRS, LENGTHS, LENGTHS, BETAS, st.floats(0, 0.1))
+def test_rdpo_is_dpo_with_a_reference_that_likes_each_token_less(
+    numbers: list[Tensor], chosen_length: int, rejected_length: int, beta: float, alpha: float
+) -> None:
+    lengths = torch.tensor([chosen_length]), torch.tensor([rejected_length])
+    result = rdpo_loss(*numbers, *lengths, beta, alpha)
+    references = [x - alpha / beta * n for x, n in zip(numbers[2:], (chosen_length, rejected_length), strict=True)]
+    expected = dpo_loss(*numbers[:2], *references, beta)
+    for actual, wanted in zip(result, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+@given(PAIRS, LENGTHS, BETAS, st.floats(0.001, 0.1))
+def test_rdpo_learns_less_from_a_choice_that_length_explains(
+    numbers: list[Tensor], length: int, beta: float, alpha: float
+) -> None:
+    """So the policy that has learned every pair is not the one that writes more."""
+    policy_chosen = numbers[0].requires_grad_()
+    steps = []
+    for lengths in ((length + 50, length), (length, length), (length, length + 50)):
+        result = rdpo_loss(*numbers, *map(torch.tensor, lengths), beta, alpha)
+        [gradient] = torch.autograd.grad(result.losses.sum(), policy_chosen)
+        steps.append(-gradient.item())
+        assert not result.chosen_rewards.requires_grad and not result.rejected_rewards.requires_grad
+    assert 0 < steps[0] < steps[1] < steps[2]
+    # At equal lengths the term drops out.
+    [gradient] = torch.autograd.grad(dpo_loss(*numbers, beta).losses.sum(), policy_chosen)
+    assert steps[1] == pytest.approx(-gradient.item())
+
+
+@given(LOGPROBS, st.floats(0.5, 10), st.floats(0, 3))
+def test_simpo_loss_is_log_2_at_its_margin(rejected: float, beta: float, margin: float) -> None:
+    chosen = torch.tensor([rejected + margin / beta], dtype=torch.float64)
+    result = simpo_loss(chosen, torch.tensor([rejected], dtype=torch.float64), beta, margin)
+    assert result.losses.item() == pytest.approx(math.log(2))
+    assert (result.chosen_rewards - result.rejected_rewards).item() == pytest.approx(margin, abs=1e-9)
+
+
+@given(LOGPROBS, LOGPROBS, st.floats(0.5, 10), st.floats(0, 3))
+def test_simpo_closed_form_and_gradient(chosen: float, rejected: float, beta: float, margin: float) -> None:
+    means = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (chosen, rejected)]
+    result = simpo_loss(*means, beta, margin)
+    missing = torch.tensor([margin - beta * (chosen - rejected)], dtype=torch.float64)
+    torch.testing.assert_close(result.losses.detach(), torch.log1p(missing.exp()))
+    up, down = torch.autograd.grad(result.losses.sum(), means)
+    torch.testing.assert_close(-up, beta * torch.sigmoid(missing))
+    torch.testing.assert_close(down, -up)
+    assert torch.equal(result.chosen_rewards, beta * means[0].detach())
+    assert torch.equal(result.rejected_rewards, beta * means[1].detach())

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rto_lightning.algorithms import compose_rewards, kl_estimate, token_rewards
+from rto_lightning.algorithms import compose_rewards, kl_estimate, move_token_rewards, token_rewards
 
 from .strategies import Batch, batches
 
@@ -49,6 +49,36 @@ def test_truncation_penalty_is_neither_clipped_nor_scaled() -> None:
     assert terms.score.tolist() == [[0.0, 1.0 - 20.0, 0.0], [-5.0, 0.0, 0.0]]
     terms = compose_rewards(POLICY, REFERENCE, DPO, None, None, MASK, **settings | {"beta_3": 0.0})
     assert terms.score.tolist() == [[0.0, -20.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_too_short_responses_pay_unscaled() -> None:
+    settings = PAPER | {"beta_3": 0.5, "min_response_tokens": 2, "short_penalty": 0.3}
+    terms = compose_rewards(POLICY, REFERENCE, DPO, None, SCORES, MASK, **settings)
+    assert terms.score.tolist() == [[0.0, 1.0, 0.0], [-5.3, 0.0, 0.0]]
+    terms = compose_rewards(POLICY, REFERENCE, DPO, None, SCORES, MASK, **settings | {"min_response_tokens": 3})
+    assert terms.score.tolist() == [[0.0, 0.7, 0.0], [-5.3, 0.0, 0.0]]
+    empty = torch.zeros_like(MASK)
+    terms = compose_rewards(POLICY, REFERENCE, DPO, None, SCORES, empty, **settings)
+    assert not terms.total.any()
+
+
+def test_token_rewards_are_clipped_before_they_are_moved() -> None:
+    terms = compose_rewards(POLICY, REFERENCE, DPO, None, SCORES, MASK, granularity="delayed", **PAPER)
+    # 0.025 - 0.05; clipping the sum 0.025 - 0.15 would leave -0.05.
+    torch.testing.assert_close(terms.token, torch.tensor([[0, -0.025, 0], [0.025, 0, 0]], dtype=torch.float64))
+
+
+@given(batches(), st.sampled_from(["token", "sentence", "delayed", "shaping"]))
+def test_granularity_moves_the_token_term_only(batch: Batch, granularity: str) -> None:
+    policy, reference, dpo, scores = batch.logprobs(), batch.logprobs(), batch.logprobs(), batch.scores()
+    ends = batch.normal() > 0
+    plain = compose_rewards(policy, reference, dpo, None, scores, batch.mask, **PAPER)
+    moved = compose_rewards(
+        policy, reference, dpo, None, scores, batch.mask, granularity=granularity, sentence_ends=ends, **PAPER
+    )
+    assert torch.equal(moved.token, move_token_rewards(plain.token, batch.mask, granularity, ends))
+    assert torch.equal(moved.kl, plain.kl)
+    assert torch.equal(moved.score, plain.score)
 
 
 def test_dpo_is_read_against_its_own_reference() -> None:

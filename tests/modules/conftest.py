@@ -3,6 +3,9 @@
 import json
 
 import pytest
+import torch
+
+from tests.modules import stages
 
 
 def _write(path, rows):
@@ -26,3 +29,17 @@ def files(tmp_path_factory):
             folder / "demonstrations.jsonl", [{"prompt": p["prompt"], "response": p["chosen"]} for p in preferences]
         ),
     }
+
+
+@pytest.fixture(scope="session")
+def roles(tiny_model, files, tmp_path_factory):
+    """A DPO role and a reward role of the tiny model, for each mode."""
+    folder = tmp_path_factory.mktemp("roles")
+    made = {}
+    for mode in ("adapters", "full"):
+        torch.manual_seed(0)
+        for name, make in (("dpo", stages.dpo), ("reward", stages.reward_model)):
+            module = stages.fit(make(tiny_model, mode=mode), stages.preferences(files), folder / "runs", steps=6)
+            made[mode, name] = str(folder / f"{mode}_{name}")
+            module.save_role(folder / f"{mode}_{name}")
+    return made

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 
 from rto_lightning.backbone import BackboneSettings
-from rto_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
+from rto_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptBatch, PromptDataModule
 from rto_lightning.modules import PreferenceModule, RewardModelModule, RTOModule, SFTModule, StageModule
 from rto_lightning.modules.reward_model import ScoreStatisticsSettings
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
@@ -43,8 +43,10 @@ def sft(model: Path, **changes: Any) -> SFTModule:
     return SFTModule(settings(model, **changes), optimizer=adam)
 
 
-def dpo(model: Path, trained: str | None = None, loss: Any = "dpo", **changes: Any) -> PreferenceModule:
-    return PreferenceModule(settings(model, **changes), trained=trained, loss=loss, optimizer=adam)
+def dpo(
+    model: Path, trained: str | None = None, loss: Any = "dpo", options: dict[str, Any] | None = None, **changes: Any
+) -> PreferenceModule:
+    return PreferenceModule(settings(model, **changes), trained=trained, loss=loss, optimizer=adam, **(options or {}))
 
 
 def reward_model(model: Path, **changes: Any) -> RewardModelModule:
@@ -78,6 +80,28 @@ def rto(model: Path, **options: Any) -> RTOModule:
         "critic_optimizer": adam,
     }
     return RTOModule(backbone, **{**defaults, **options})
+
+
+def full_rto(model: Path, roles: dict[tuple[str, str], str], mode: str = "adapters", **options: Any) -> RTOModule:
+    """RTO with every term: token rewards, KL, score, critic from the reward role."""
+    defaults: dict[str, Any] = {
+        "dpo": roles[mode, "dpo"],
+        "reward": roles[mode, "reward"],
+        "reward_function": None,
+        "rewards": RewardSettings(),
+        "critic": CriticSettings(),
+        "backbone": {"mode": mode},
+    }
+    return rto(model, **{**defaults, **options})
+
+
+def one_batch(module: RTOModule, files: dict[str, str]) -> PromptBatch:
+    """The module with its roles loaded, and a batch of prompts, outside of a trainer."""
+    module.configure_model()
+    data: Any = prompts(files)
+    data.chat = module.chat
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
 
 
 def count_exclamations(prompts: list[Any], responses: list[str]) -> list[float]:

@@ -14,46 +14,10 @@ from tests.modules import stages
 FLOAT64 = {"dtype": "float64"}
 
 
-@pytest.fixture(scope="module")
-def roles(tiny_model, files, tmp_path_factory):
-    """A DPO role and a reward role of the tiny model, for each mode."""
-    folder = tmp_path_factory.mktemp("roles")
-    made = {}
-    for mode in ("adapters", "full"):
-        torch.manual_seed(0)
-        for name, make in (("dpo", stages.dpo), ("reward", stages.reward_model)):
-            module = stages.fit(make(tiny_model, mode=mode), stages.preferences(files), folder / "runs", steps=6)
-            made[mode, name] = str(folder / f"{mode}_{name}")
-            module.save_role(folder / f"{mode}_{name}")
-    return made
-
-
-def full_rto(model, roles, mode="adapters", **options):
-    """RTO with every term: token rewards, KL, score, critic from the reward role."""
-    defaults = {
-        "dpo": roles[mode, "dpo"],
-        "reward": roles[mode, "reward"],
-        "reward_function": None,
-        "rewards": RewardSettings(),
-        "critic": CriticSettings(),
-        "backbone": {"mode": mode},
-    }
-    return stages.rto(model, **{**defaults, **options})
-
-
-def one_batch(module, files):
-    """The module with its roles loaded, and a batch of prompts, outside of a trainer."""
-    module.configure_model()
-    data = stages.prompts(files)
-    data.chat = module.chat
-    data.setup("fit")
-    return next(iter(data.train_dataloader()))
-
-
 @pytest.mark.parametrize("mode", ["adapters", "full"])
 def test_every_term_is_trained_on_and_logged(tiny_model, roles, files, tmp_path, mode):
     recorder = stages.Recorder()
-    module = full_rto(tiny_model, roles, mode)
+    module = stages.full_rto(tiny_model, roles, mode)
     module.configure_model()
     before = {role: [p.clone() for p in module.backbone.trained_parameters(role)] for role in ("policy", "critic")}
     options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
@@ -125,8 +89,8 @@ def test_same_seed_same_weights_other_seed_others(tiny_model, files, tmp_path):
 
 def test_rewards_are_those_of_the_roles(tiny_model, roles, files):
     """score() against log-probabilities read role by role."""
-    module = full_rto(tiny_model, roles, backbone=FLOAT64, rewards=RewardSettings(token_reward_clip=0.0))
-    batch = one_batch(module, files)
+    module = stages.full_rto(tiny_model, roles, backbone=FLOAT64, rewards=RewardSettings(token_reward_clip=0.0))
+    batch = stages.one_batch(module, files)
     trajectory = module.rollout(batch, 0)
     experience = module.score(trajectory, batch.messages)
     sequences = trajectory.sequences
@@ -153,15 +117,15 @@ def module_path(path):
 
 def test_temperature_scales_policy_and_reference_but_not_dpo(tiny_model, roles, files):
     options = {"backbone": FLOAT64, "rewards": RewardSettings(token_reward_clip=0.0)}
-    warm = full_rto(tiny_model, roles, rollout=RolloutSettings(max_new_tokens=6, temperature=0.7), **options)
-    batch = one_batch(warm, files)
+    warm = stages.full_rto(tiny_model, roles, rollout=RolloutSettings(max_new_tokens=6, temperature=0.7), **options)
+    batch = stages.one_batch(warm, files)
     trajectory = warm.rollout(batch, 0)
     experience = warm.score(trajectory, batch.messages)
     with torch.no_grad():
         at_temperature, _ = warm.backbone.token_logprobs("policy", trajectory.sequences, 0.7)
     torch.testing.assert_close(experience.logprobs, at_temperature, rtol=0, atol=1e-12)
     assert (experience.kl == 0).all()
-    cold = full_rto(tiny_model, roles, **options)
+    cold = stages.full_rto(tiny_model, roles, **options)
     cold.configure_model()
     expected = cold.score(trajectory, batch.messages).terms.token
     torch.testing.assert_close(experience.terms.token, expected, rtol=0, atol=1e-9)
@@ -194,7 +158,7 @@ def test_outside_models_for_dpo_and_reward(tiny_model, files, tmp_path):
     options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
     stages.fit(module, stages.prompts(files), tmp_path / "run", steps=2, **options)
     assert recorder.metrics[0]["train/reward/token"] != 0
-    assert module.score_normalizer.ready
+    assert module.scores.ready
 
 
 def test_scores_are_normalised_on_the_reference(tiny_model, files, tmp_path):
@@ -202,7 +166,7 @@ def test_scores_are_normalised_on_the_reference(tiny_model, files, tmp_path):
     module = stages.rto(tiny_model, rewards=RewardSettings(beta_1=0.0, beta_2=0.0, normalization_samples=12))
     options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
     stages.fit(module, stages.prompts(files), tmp_path, steps=1, **options)
-    mean, std = module.score_normalizer.mean_std.tolist()
+    mean, std = module.scores.normalizer().mean_std.tolist()
     metrics = recorder.metrics[0]
     assert metrics["train/reward/score"] == pytest.approx((metrics["train/score"] - mean) / std, abs=1e-5)
 
@@ -223,8 +187,8 @@ def test_critic_warmup_leaves_the_policy(tiny_model, files, tmp_path):
 
 def test_critic_from_a_folder(tiny_model, roles):
     folder = roles["adapters", "reward"]
-    module = full_rto(tiny_model, roles, critic=CriticSettings(init=folder))
-    by_name = full_rto(tiny_model, roles)
+    module = stages.full_rto(tiny_model, roles, critic=CriticSettings(init=folder))
+    by_name = stages.full_rto(tiny_model, roles)
     for each in (module, by_name):
         each.configure_model()
     values, expected = (each.backbone.token_values("critic", some_sequences()) for each in (module, by_name))
@@ -249,7 +213,7 @@ def test_truncation_is_penalised_and_tokens_are_left_alone(tiny_model, files):
     module = stages.rto(
         tiny_model, rewards=RewardSettings(beta_1=0.0, beta_3=0.0, truncation_penalty=3.0), reward_function=None
     )
-    batch = one_batch(module, files)
+    batch = stages.one_batch(module, files)
     trajectory = module.rollout(batch, 0)
     assert trajectory.truncated.any()
     before = trajectory.sequences.input_ids.clone()
@@ -313,10 +277,10 @@ def test_minibatches_that_do_not_fit_are_refused(tiny_model, files, tmp_path):
 def test_recomputation_does_not_change_gradients(tiny_model, files, roles, role):
     """Backward computes the activations again: as the role whose loss it is, not as another."""
     plain, recomputing = (
-        full_rto(tiny_model, roles, backbone={**FLOAT64, "gradient_checkpointing": checkpointing})
+        stages.full_rto(tiny_model, roles, backbone={**FLOAT64, "gradient_checkpointing": checkpointing})
         for checkpointing in (False, True)
     )
-    batch = one_batch(plain, files)
+    batch = stages.one_batch(plain, files)
     recomputing.configure_model()
     for number, name in enumerate(("policy", "critic")):
         randomize(plain.backbone.trained_parameters(name), number)
@@ -343,7 +307,7 @@ def test_test_without_statistics_measures_them(tiny_model, files, tmp_path):
 
 def test_scoring_without_statistics_is_refused(tiny_model, files):
     module = stages.rto(tiny_model)
-    batch = one_batch(module, files)
+    batch = stages.one_batch(module, files)
     with pytest.raises(UserError, match="measure_score_statistics"):
         module.score(module.rollout(batch, 0), batch.messages)
     module.measure_score_statistics([batch])
@@ -355,18 +319,18 @@ def test_saved_policy_brings_the_score_statistics(tiny_model, files, tmp_path):
     module.save_role(tmp_path / "role")
     again = stages.rto(tiny_model, trained=str(tmp_path / "role"))
     again.configure_model()
-    assert torch.equal(again.score_normalizer.mean_std, module.score_normalizer.mean_std)
+    assert torch.equal(again.scores.normalizer().mean_std, module.scores.normalizer().mean_std)
 
 
 def test_prediction_loads_the_policy_alone(tiny_model, roles, files, tmp_path):
-    module = full_rto(tiny_model, roles)
+    module = stages.full_rto(tiny_model, roles)
     stages.trainer(tmp_path, 0).predict(module, stages.prompts(files))
     assert set(module.backbone.roles) == {"reference", "policy"}
 
 
 def test_full_mode_critic_is_free_of_adapters(tiny_model, roles):
     """The frozen base holds the DPO adapter by then; a copy of it would carry the adapter along."""
-    module = full_rto(
+    module = stages.full_rto(
         tiny_model,
         {("full", "dpo"): roles["adapters", "dpo"], ("full", "reward"): roles["full", "reward"]},
         "full",
@@ -379,14 +343,14 @@ def test_full_mode_critic_is_free_of_adapters(tiny_model, roles):
 def test_dpo_role_of_another_reference_is_refused(tiny_model, roles, files, tmp_path):
     sft = stages.fit(stages.sft(tiny_model), stages.demonstrations(files), tmp_path, steps=2)
     sft.save_role(tmp_path / "sft")
-    module = full_rto(tiny_model, roles, backbone={"init": str(tmp_path / "sft")})
+    module = stages.full_rto(tiny_model, roles, backbone={"init": str(tmp_path / "sft")})
     with pytest.raises(UserError, match="trained against another reference"):
         module.configure_model()
 
 
 @pytest.mark.parametrize(("setting", "role"), [("dpo", "reward"), ("reward", "dpo")])
 def test_a_role_of_the_wrong_kind_is_refused(tiny_model, roles, setting, role):
-    module = full_rto(tiny_model, roles, **{setting: roles["adapters", role]})
+    module = stages.full_rto(tiny_model, roles, **{setting: roles["adapters", role]})
     with pytest.raises(UserError, match=f"saved as the role {role}"):
         module.configure_model()
 

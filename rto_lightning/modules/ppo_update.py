@@ -1,0 +1,78 @@
+"""The update of one PPO iteration: minibatches of policy loss and, with a critic, value loss."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from rto_lightning.backbone import PolicyBackbone
+from rto_lightning.modules.experience import Experience
+from rto_lightning.modules.ppo_gradients import Backward, accumulate_policy_gradients, accumulate_value_gradients
+from rto_lightning.modules.rto_settings import PPOSettings
+
+
+def ppo_update(
+    backbone: PolicyBackbone,
+    experience: Experience,
+    minibatches: Sequence[Tensor],
+    ppo: PPOSettings,
+    temperature: float,
+    backward: Backward,
+    policy: LightningOptimizer | None,
+    critic: LightningOptimizer | None,
+) -> dict[str, Tensor]:
+    """Train policy and critic on each minibatch in turn.
+
+    Lightning's wrapper of an optimizer counts `global_step`: of all optimizer steps exactly one goes through it, and so
+    a training step counts as one iteration.
+
+    Args:
+        backbone: the model and its roles.
+        experience: B samples.
+        minibatches: rows of each minibatch, (M,) int64, in the order of training.
+        ppo: losses, and when to stop.
+        temperature: of the policy that sampled.
+        backward: runs the backward pass of a loss.
+        policy: optimizer of the policy; None leaves the policy as it is.
+        critic: optimizer of the critic; None where there is none.
+
+    Returns:
+        For each metric its mean over the minibatches that have it, detached scalars.
+    """
+    history: list[dict[str, Tensor]] = []
+    policy_steps, stopped = 0, policy is None
+    for number, rows in enumerate(minibatches):
+        last = number == len(minibatches) - 1
+        metrics: dict[str, Tensor] = {}
+        if policy is not None and not stopped:
+            metrics |= accumulate_policy_gradients(backbone, experience, rows, ppo, temperature, backward)
+            stopped = ppo.kl_stop is not None and float(metrics["policy/approximate_kl"]) > ppo.kl_stop
+            if stopped:
+                policy.zero_grad(set_to_none=True)
+            else:
+                clip, counted = ppo.policy_gradient_clip_val, last and critic is None
+                metrics["policy/gradient_norm"] = _step(backbone, "policy", policy, clip, counted)
+                policy_steps += 1
+        if critic is not None:
+            metrics |= accumulate_value_gradients(backbone, experience, rows, ppo, backward)
+            metrics["critic/gradient_norm"] = _step(backbone, "critic", critic, ppo.critic_gradient_clip_val, last)
+        history.append(metrics)
+    if policy is not None and stopped and critic is None:
+        policy.step()  # counts the iteration; without gradients it moves nothing
+    names = dict.fromkeys(name for metrics in history for name in metrics)
+    result = {name: torch.stack([m[name].float() for m in history if name in m]).mean() for name in names}
+    if policy is not None:
+        result["policy/ratio_deviation_first"] = history[0]["policy/ratio_deviation"]
+        result["policy/optimizer_steps"] = torch.tensor(float(policy_steps))
+    return result
+
+
+def _step(
+    backbone: PolicyBackbone, role: str, optimizer: LightningOptimizer, clip: float | None, counted: bool
+) -> Tensor:
+    norm = clip_grad_norm_(backbone.trained_parameters(role), clip if clip is not None else torch.inf)
+    (optimizer if counted else optimizer.optimizer).step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.detach()

@@ -1,0 +1,402 @@
+"""What each option of the RTO stage changes: estimators, granularities, losses, penalties, sources, moving average."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from rto_lightning.algorithms import GROUP_ESTIMATORS, masked_mean, masked_sum
+from rto_lightning.backbone import PolicyBackbone, RoleCard, Sequences
+from rto_lightning.errors import UserError
+from rto_lightning.modules.ppo_gradients import accumulate_policy_gradients, accumulate_value_gradients
+from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings, WeightedReward
+from rto_lightning.rollout import RolloutSettings, Trajectory
+from tests.models import randomize
+from tests.modules import stages
+
+WITHOUT_CRITIC = ["reinforce++", "rloo", "grpo"]
+SHORT = RolloutSettings(max_new_tokens=6)
+FLOAT64 = {"dtype": "float64"}
+
+
+def rollout_of(estimator):
+    return RolloutSettings(max_new_tokens=6, responses_per_prompt=2 if estimator in GROUP_ESTIMATORS else 1)
+
+
+def recorded_fit(module, files, folder, steps=2):
+    recorder = stages.Recorder()
+    options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
+    stages.fit(module, stages.prompts(files), folder, steps=steps, **options)
+    return recorder.metrics
+
+
+def scored(module, files):
+    """What `score` makes of a rollout."""
+    batch = stages.one_batch(module, files).repeated(module.rollout_settings.responses_per_prompt)
+    module.measure_score_statistics([batch])
+    return module.score(module.rollout(batch, 0), batch.messages)
+
+
+# Estimators ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", WITHOUT_CRITIC)
+@pytest.mark.parametrize("dense", [True, False], ids=["token rewards", "score alone"])
+def test_estimators_without_critic_build_none_and_train(tiny_model, roles, files, tmp_path, estimator, dense):
+    module = stages.full_rto(
+        tiny_model,
+        roles,
+        rewards=RewardSettings(beta_1=0.05 if dense else 0.0),
+        rollout=rollout_of(estimator),
+        ppo=PPOSettings(estimator=estimator, epochs=2, minibatch_size=4, microbatch_size=2),
+    )
+    trainer = stages.trainer(tmp_path, 3)
+    module.configure_model()
+    assert "critic" not in module.backbone.roles
+    before = [p.clone() for p in module.backbone.trained_parameters("policy")]
+    trainer.fit(module, stages.prompts(files))
+    assert trainer.global_step == 3  # iterations, without a critic's steps to count them
+    assert len(trainer.optimizers) == 1
+    after = module.backbone.trained_parameters("policy")
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("estimator", WITHOUT_CRITIC)
+def test_token_rewards_reach_the_advantages_of_every_estimator(tiny_model, roles, files, estimator):
+    advantages = []
+    for beta_1 in (0.0, 0.5):
+        module = stages.full_rto(
+            tiny_model,
+            roles,
+            rewards=RewardSettings(beta_1=beta_1, token_reward_clip=0.0),
+            rollout=rollout_of(estimator),
+            ppo=PPOSettings(estimator=estimator),
+        )
+        experience = scored(module, files)
+        assert experience.values is None
+        advantages.append(experience.advantages)
+    spread = [masked_sum((a - a[:, :1]).abs(), experience.mask).item() for a in advantages]
+    assert spread[1] > spread[0]  # they tell the tokens of a response apart
+    if estimator != "reinforce++":
+        assert spread[0] == pytest.approx(0, abs=1e-5)  # a score alone does not (KL is 0 at first)
+
+
+def test_responses_of_a_group_differ_and_stand_together(tiny_model, files):
+    module = stages.rto(tiny_model, rollout=RolloutSettings(max_new_tokens=6, responses_per_prompt=3))
+    batch = stages.one_batch(module, files).repeated(3)
+    sequences = module.rollout(batch, 0).sequences
+    prompts = sequences.input_ids[:, : sequences.prompt_width].unflatten(0, (4, 3))
+    assert (prompts == prompts[:, :1]).all()
+    assert not torch.equal(prompts[0], prompts[1])
+    answers = sequences.response_ids.unflatten(0, (4, 3))
+    assert all(not torch.equal(answers[i, 0], answers[i, j]) for i in range(4) for j in (1, 2))
+    assert [messages[0]["content"] for messages in batch.messages[:4]] == [batch.messages[0][0]["content"]] * 3 + [
+        batch.messages[3][0]["content"]
+    ]
+
+
+def test_group_advantages_sum_to_zero_over_a_prompt(tiny_model, files):
+    ppo = PPOSettings(estimator="rloo")
+    rollout = RolloutSettings(max_new_tokens=6, responses_per_prompt=2)
+    experience = scored(stages.rto(tiny_model, rollout=rollout, ppo=ppo, rewards=RewardSettings(beta_1=0.0)), files)
+    first = experience.advantages[:, 0].unflatten(0, (4, 2))
+    torch.testing.assert_close(first.sum(1), torch.zeros(4), rtol=0, atol=1e-5)
+    assert (first != 0).any()
+
+
+@pytest.mark.parametrize("estimator", sorted(GROUP_ESTIMATORS))
+def test_a_group_of_one_is_refused(tiny_model, files, tmp_path, estimator):
+    module = stages.rto(tiny_model, ppo=PPOSettings(estimator=estimator))
+    with pytest.raises(UserError, match=r"set rollout.responses_per_prompt to 2 or more"):
+        stages.fit(module, stages.prompts(files), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "estimator", "whitened"),
+    [
+        (None, "gae", True),
+        (None, "reinforce++", True),
+        (None, "rloo", False),
+        (False, "gae", False),
+        (True, "rloo", True),
+    ],
+)
+def test_whitening_follows_the_estimator_or_the_setting(tiny_model, files, chosen, estimator, whitened):
+    module = stages.rto(
+        tiny_model, rollout=rollout_of(estimator), ppo=PPOSettings(estimator=estimator, whiten_advantages=chosen)
+    )
+    experience = scored(module, files)
+    variance = masked_mean(experience.advantages.square(), experience.mask)
+    assert (variance.item() == pytest.approx(1, abs=1e-4)) is whitened
+
+
+# Granularity --------------------------------------------------------------------------------------------------
+
+
+def test_granularities_put_the_same_rewards_elsewhere(tiny_model, roles, files):
+    terms, scores = {}, {}
+    for granularity in ("token", "sentence", "delayed", "shaping"):
+        rewards = RewardSettings(beta_1=0.5, token_reward_clip=0.3, granularity=granularity)
+        experience = scored(stages.full_rto(tiny_model, roles, backbone=FLOAT64, rewards=rewards), files)
+        terms[granularity], scores[granularity] = experience.terms.token, experience.terms.score
+        mask, lengths = experience.mask, experience.trajectory.sequences.response_lengths
+    sums = {name: masked_sum(term, mask, dim=1) for name, term in terms.items()}
+    for name in ("sentence", "delayed"):
+        torch.testing.assert_close(sums[name], sums["token"], rtol=0, atol=1e-12)
+        assert not torch.equal(terms[name], terms["token"])
+    last = torch.arange(mask.shape[1]) == lengths[:, None] - 1
+    assert not terms["delayed"][~last].any() and terms["token"][~last].any()
+    torch.testing.assert_close(sums["shaping"], torch.zeros_like(sums["shaping"]), rtol=0, atol=1e-12)
+    assert torch.equal(terms["shaping"][~last], terms["token"][~last])
+    assert all(torch.equal(score, scores["token"]) for score in scores.values())
+
+
+def test_sentences_end_where_the_text_says(tiny_model, roles):
+    """Tokens of single bytes: the sum of "yes!" stands on its mark, that of "no." on the dot, the tail on the stop."""
+    module = stages.full_rto(
+        tiny_model, roles, backbone=FLOAT64, rewards=RewardSettings(granularity="sentence", beta_3=0.0),
+        critic=CriticSettings(init="policy"),
+    )  # fmt: skip
+    module.configure_model()
+    prompt = [{"role": "user", "content": "Question?"}]
+    response = module.chat.encode_response("yes! no. 3.1", 20)
+    sequences = Sequences.from_lists([module.chat.encode_prompt(prompt)], [response], module.chat.pad_id)
+    trajectory = Trajectory(sequences, torch.tensor([False]))
+    [placed] = module.score(trajectory, [prompt]).terms.token
+    assert placed.nonzero().squeeze(1).tolist() == [3, 7, len(response) - 1]
+
+
+def test_shaping_with_a_discount_is_refused(tiny_model, roles):
+    with pytest.raises(UserError, match=r"gamma is 0.9; set it to 1"):
+        stages.full_rto(
+            tiny_model, roles, rewards=RewardSettings(granularity="shaping"), ppo=PPOSettings(gamma=0.9)
+        )  # fmt: skip
+
+
+# Losses -------------------------------------------------------------------------------------------------------
+
+
+def policy_gradient(module, experience, **ppo):
+    """The gradient of one minibatch of all samples, as one vector, and the metrics."""
+    module.zero_grad()
+    settings = PPOSettings(**{"microbatch_size": 3, **ppo})
+    metrics = accumulate_policy_gradients(
+        module.backbone, experience, torch.arange(4), settings, 1.0, lambda loss: loss.backward()
+    )
+    gradients = [p.grad for p in module.backbone.trained_parameters("policy")]
+    return torch.cat([g.flatten() for g in gradients if g is not None]), metrics
+
+
+@pytest.fixture
+def scored_float64(tiny_model, files):
+    module = stages.rto(tiny_model, backbone=FLOAT64)
+    module.configure_model()
+    randomize(module.backbone.trained_parameters("policy"))
+    return module, scored(module, files)
+
+
+def changed(experience, **fields):
+    return type(experience)(**{**vars(experience), **fields})
+
+
+def test_dual_clip_cuts_what_a_large_ratio_does_to_a_bad_token(scored_float64):
+    module, experience = scored_float64
+    bad = changed(experience, logprobs=experience.logprobs - 2, advantages=-torch.ones_like(experience.logprobs))
+    unbounded, _ = policy_gradient(module, bad)
+    bounded, metrics = policy_gradient(module, bad, dual_clip=3.0)
+    assert unbounded.abs().sum() > 0
+    assert not bounded.any()  # ratios are e^2 > 3
+    assert metrics["policy/clip_fraction"] == 1
+    torch.testing.assert_close(metrics["policy/loss"], torch.tensor(3.0), rtol=1e-6, atol=0)
+    untouched, _ = policy_gradient(module, bad, dual_clip=10.0)
+    assert torch.equal(untouched, unbounded)
+
+
+def test_entropy_bonus_adds_the_gradient_of_the_entropy(scored_float64):
+    module, experience = scored_float64
+    plain, _ = policy_gradient(module, experience)
+    with_bonus, _ = policy_gradient(module, experience, entropy_coefficient=0.25)
+    module.zero_grad()
+    sequences = experience.trajectory.sequences
+    _, entropy = module.backbone.token_logprobs("policy", sequences, with_entropy=True, entropy_gradient=True)
+    masked_mean(entropy, experience.mask, dim=1).mean().backward()
+    gradients = [p.grad for p in module.backbone.trained_parameters("policy")]
+    expected = torch.cat([g.flatten() for g in gradients if g is not None])
+    assert expected.abs().max() > 1e-2
+    # Llama's norm computes in float32 whatever the model's type is.
+    torch.testing.assert_close(with_bonus - plain, -0.25 * expected, rtol=0, atol=1e-6)
+
+
+def test_entropy_bonus_raises_the_entropy(tiny_model, files, tmp_path):
+    entropies = []
+    for coefficient in (0.0, 5.0):
+        torch.manual_seed(0)
+        module = stages.rto(tiny_model, ppo=PPOSettings(entropy_coefficient=coefficient), seed=1)
+        entropies.append(recorded_fit(module, files, tmp_path, steps=4)[-1]["train/entropy"])
+    assert entropies[1] > entropies[0]
+
+
+def test_aggregations_weigh_responses_of_different_lengths_differently(scored_float64):
+    module, experience = scored_float64
+    lengths = torch.tensor([1, 6, 2, 6])
+    sequences = experience.trajectory.sequences
+    mask = torch.arange(sequences.response_width) < lengths[:, None]
+    shortened = Sequences(sequences.input_ids, sequences.attention_mask, mask)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)[:, None].expand(mask.shape)
+    experience = changed(
+        experience, trajectory=Trajectory(shortened, experience.trajectory.truncated), advantages=advantages
+    )
+    _, by_sequence = policy_gradient(module, experience)
+    _, by_token = policy_gradient(module, experience, aggregation="token")
+    assert by_sequence["policy/loss"].item() == pytest.approx(0, abs=1e-6)
+    assert by_token["policy/loss"].item() == pytest.approx(-(1 + 2 - 6 - 6) / 15, abs=1e-6)
+
+
+def test_value_clipping_stops_values_that_moved_too_far(scored_float64):
+    """Old values of 1 below, and returns another 0.5 up: what moved reached its target already, clipped it did not."""
+    module, experience = scored_float64
+    moved = changed(experience, values=experience.values - 1, returns=experience.values + 0.5)
+    fractions, losses = {}, {}
+    for clip in (None, 0.2, 5.0):
+        metrics = accumulate_value_gradients(
+            module.backbone, moved, torch.arange(4), PPOSettings(value_clip_range=clip), lambda loss: loss.backward()
+        )
+        fractions[clip], losses[clip] = metrics["value/clip_fraction"].item(), metrics["value/loss"].item()
+    assert fractions == {None: 0.0, 0.2: 1.0, 5.0: 0.0}
+    assert losses[None] == losses[5.0] == pytest.approx(0.5 * 0.5**2)
+    assert losses[0.2] == pytest.approx(0.5 * 1.3**2)
+
+
+@pytest.mark.parametrize("estimator", ["gae", "reinforce++"])
+def test_kl_stop_ends_the_policys_updates_of_an_iteration(tiny_model, files, tmp_path, estimator):
+    ppo = {"estimator": estimator, "epochs": 3, "minibatch_size": 2, "microbatch_size": 2}
+    free = recorded_fit(stages.rto(tiny_model, ppo=PPOSettings(**ppo)), files, tmp_path / "free")
+    assert [metrics["train/policy/optimizer_steps"] for metrics in free] == [6, 6]
+    module = stages.rto(tiny_model, ppo=PPOSettings(**ppo, kl_stop=1e-9))
+    stopped = recorded_fit(module, files, tmp_path / "stopped")
+    assert module.trainer.global_step == 2
+    # The ratio is 1 at the first minibatch, up to rounding, and no longer after its step.
+    assert all(metrics["train/policy/optimizer_steps"] <= 1 for metrics in stopped)
+
+
+# Scores -------------------------------------------------------------------------------------------------------
+
+
+def test_short_responses_pay(tiny_model, files):
+    rewards = RewardSettings(beta_1=0.0, beta_3=0.0, min_response_tokens=6, short_penalty=2.0)
+    module = stages.rto(tiny_model, rewards=rewards, reward_function=None)
+    batch = stages.one_batch(module, files)
+    experience = module.score(module.rollout(batch, 2), batch.messages)
+    short = experience.trajectory.sequences.response_lengths < 6
+    assert torch.equal(experience.terms.score.sum(1), -2.0 * short.float())
+
+
+def test_sources_are_normalised_weighted_and_added(tiny_model, roles, files, tmp_path):
+    more = [
+        WeightedReward(reward_function="tests.modules.stages:count_exclamations", weight=0.5),
+        WeightedReward(reward=roles["adapters", "reward"], weight=-2.0),
+    ]
+    module = stages.full_rto(tiny_model, roles, more_rewards=more, rewards=RewardSettings(score_clip=0.0, beta_1=0.0))
+    experience = scored(module, files)
+    assert experience.scores.shape == (4, 3)
+    torch.testing.assert_close(experience.scores[:, 0], experience.scores[:, 2])
+    statistics = torch.tensor(module.scores.statistics())
+    card = RoleCard.read(Path(roles["adapters", "reward"]))
+    assert statistics[0].tolist() == statistics[2].tolist() == pytest.approx([card.score_mean, card.score_std])
+    normalized = (experience.scores - statistics[:, 0]) / statistics[:, 1]
+    expected = normalized @ torch.tensor([1.0, 0.5, -2.0])
+    torch.testing.assert_close(experience.terms.score.sum(1), expected, rtol=1e-4, atol=1e-4)
+    metrics = recorded_fit(module, files, tmp_path, steps=1)[0]
+    assert {"train/score", "train/score_2", "train/score_3"} <= set(metrics)
+
+
+def test_a_source_needs_one_name():
+    for options in ({}, {"reward": "a", "reward_function": "b:c"}):
+        with pytest.raises(UserError, match="set either reward or reward_function"):
+            WeightedReward(**options)
+
+
+# The moving average -------------------------------------------------------------------------------------------
+
+
+class Snapshots(Callback):
+    """Keeps the policy's weights after each iteration."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.weights.append([p.detach().clone() for p in module.backbone.trained_parameters("policy")])
+
+
+@pytest.mark.parametrize("mode", ["adapters", "full"])
+def test_moving_average_is_what_is_saved(tiny_model, files, tmp_path, mode):
+    module = stages.rto(tiny_model, ema_decay=0.8, backbone={"mode": mode})
+    module.configure_model()
+    expected = [p.detach().clone() for p in module.backbone.trained_parameters("policy")]
+    snapshots = Snapshots()
+    stages.fit(module, stages.prompts(files), tmp_path, steps=3, callbacks=[snapshots])
+    for weights in snapshots.weights:
+        expected = [0.8 * average + 0.2 * weight for average, weight in zip(expected, weights, strict=True)]
+    average = module.backbone.trained_parameters("policy_average")
+    for a, b in zip(average, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(a, b) for a, b in zip(average, snapshots.weights[-1], strict=True))
+    module.save_role(tmp_path / "role")
+    loaded = loaded_policy(tiny_model, tmp_path / "role", mode)
+    assert all(torch.equal(a, b) for a, b in zip(average, loaded, strict=True))
+
+
+def loaded_policy(model, folder, mode):
+    settings = stages.settings(model, mode=mode)
+    backbone = PolicyBackbone(settings, stages.rto(model).chat)
+    backbone.add_role("policy", str(folder), trainable=True)
+    return backbone.trained_parameters("policy")
+
+
+def test_moving_average_is_what_is_validated_and_goes_on_from_a_checkpoint(tiny_model, files, tmp_path):
+    torch.manual_seed(0)
+    whole = stages.fit(stages.rto(tiny_model, seed=1, ema_decay=0.5), stages.prompts(files), tmp_path, steps=4)
+    torch.manual_seed(0)
+    checkpoints = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    options = {"enable_checkpointing": True, "callbacks": [checkpoints]}
+    stages.fit(stages.rto(tiny_model, seed=1, ema_decay=0.5), stages.prompts(files), tmp_path, 3, **options)
+    resumed = stages.rto(tiny_model, seed=1, ema_decay=0.5)
+    stages.trainer(tmp_path, 4).fit(resumed, stages.prompts(files), ckpt_path=tmp_path / "step=2.ckpt")
+    for role in ("policy", "policy_average"):
+        pairs = zip(whole.backbone.trained_parameters(role), resumed.backbone.trained_parameters(role), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), role
+    batch = stages.one_batch(resumed, files)
+    role = resumed.saved_role
+    trajectory = resumed.rollout(batch, -1, role)
+    averaged, last = (resumed.reward(trajectory, batch.messages, r).logprobs for r in (role, "policy"))
+    assert role == "policy_average" and not torch.equal(averaged, last)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
+def test_a_decay_out_of_range_is_refused(tiny_model, decay):
+    with pytest.raises(UserError, match="set it between 0 and 1"):
+        stages.rto(tiny_model, ema_decay=decay)
+
+
+def test_held_out_prompts_need_no_critic(tiny_model, roles, files, tmp_path):
+    module = stages.full_rto(tiny_model, roles)
+    [metrics] = stages.trainer(tmp_path, 0).test(module, stages.prompts(files), verbose=False)
+    assert set(module.backbone.roles) == {"reference", "policy", "dpo", "reward"}
+    assert not any("value" in name for name in metrics)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PPOSettings(dual_clip=1.0), "dual_clip is 1.0; set it above 1"),
+        (lambda: PPOSettings(kl_stop=0.0), "kl_stop is 0.0; set it above 0"),
+        (lambda: PPOSettings(entropy_coefficient=-1.0), "entropy_coefficient is -1.0; set it to 0 or more"),
+        (lambda: RewardSettings(short_penalty=1.0), "set both or none"),
+        (lambda: RolloutSettings(responses_per_prompt=0), "responses_per_prompt is 0; set it above 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
