@@ -12,13 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rto_lightning.algorithms import (
-    adaptive_kl_coefficient,
-    compose_rewards,
-    estimate_advantages,
-    kl_estimate,
-    whiten,
-)
+from rto_lightning.algorithms import adaptive_kl_coefficient, compose_rewards, estimate_advantages, kl_estimate, whiten
 from rto_lightning.backbone import BackboneSettings, Message, sentence_ends
 from rto_lightning.data import PromptBatch
 from rto_lightning.errors import UserError
@@ -27,13 +21,7 @@ from rto_lightning.modules.phases import Phases
 from rto_lightning.modules.ppo_update import ppo_update
 from rto_lightning.modules.reading import TrajectoryReader
 from rto_lightning.modules.rto_inputs import check_inputs, reward_sources
-from rto_lightning.modules.rto_roles import (
-    add_critic,
-    add_dpo,
-    add_policy_average,
-    scale_critic,
-    update_policy_average,
-)
+from rto_lightning.modules.rto_roles import add_critic, add_dpo, add_policy_average, average_policy, scale_critic
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings, WeightedReward
 from rto_lightning.modules.stage import StageModule
 from rto_lightning.rewards import WeightedScores, make_scores
@@ -118,7 +106,7 @@ class RTOModule(StageModule):
     # Roles -----------------------------------------------------------------------------------------------------
 
     def add_roles(self) -> None:
-        """Add reference and policy, and of dpo, reward and critic those that the coefficients ask for."""
+        """Add reference and policy."""
         self.add_reference()
         if self.settings.init is not None and self.trained is None:
             self.backbone.copy_role("reference", "policy", trainable=True)
@@ -126,23 +114,31 @@ class RTOModule(StageModule):
             self.add_policy()
         self.engine = TransformersEngine(self.backbone, self.rollout_settings)
         self.reader = TrajectoryReader(self.backbone, self.ppo.scoring_batch_size or 2 * self.ppo.microbatch_size)
-        if self._trainer is not None and self.trainer.predicting:
-            return  # answers need the policy alone
-        if self.rewards.beta_1 != 0:
+
+    def configure_model(self) -> None:
+        """Load the base model and add the roles that the trainer's task needs: `predict` takes the policy alone."""
+        super().configure_model()
+        if self._trainer is None or not self.trainer.predicting:
+            self._add_reward_roles()
+        if self._trainer is None or self.trainer.training:
+            self._add_training_roles()
+
+    def _add_reward_roles(self) -> None:
+        if self.rewards.beta_1 != 0 and "dpo" not in self.backbone.roles:
             assert self.dpo is not None
             add_dpo(self.backbone, self.dpo, self.dpo_reference, self.init_fingerprint)
-        if self.rewards.beta_3 != 0:
+        if self.rewards.beta_3 != 0 and self.scores is None:
             sources = [(source.reward, source.reward_function, source.weight) for source in self.sources]
             self.scores = make_scores(self.backbone, sources, self.rewards.normalize_score)
             policy_card = self.backbone.cards.get("policy")
             self.scores.restore(policy_card.settings.get("score_statistics", []) if policy_card is not None else [])
-        if self._trainer is not None and not self.trainer.training:
-            return
-        if self.ppo.has_critic:
+
+    def _add_training_roles(self) -> None:
+        if self.ppo.has_critic and "critic" not in self.backbone.roles:
             add_critic(self.backbone, self.critic.init)
             if self.scores is not None and self.scores.normalizer().ready:
                 scale_critic(self.backbone, self.critic.init, self.scores.normalizer())
-        if self.ema_decay is not None:
+        if self.ema_decay is not None and "policy_average" not in self.backbone.roles:
             add_policy_average(self.backbone)
 
     @property
@@ -225,7 +221,7 @@ class RTOModule(StageModule):
         with self.phases.phase("update", self.trainer):
             losses = self.update(experience, iteration)
             if self.ema_decay is not None:
-                update_policy_average(self.backbone, self.ema_decay)
+                average_policy(self.backbone, self.ema_decay)
         self.last_rollout = trajectory, batch.messages
         metrics: dict[str, Tensor | float] = {**experience.metrics(), **losses, **self.phases.finish(len(batch))}
         metrics["kl_coefficient"] = float(self.kl_coefficient)

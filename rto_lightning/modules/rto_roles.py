@@ -57,7 +57,7 @@ def add_policy_average(backbone: PolicyBackbone) -> None:
 
 
 @torch.no_grad()
-def update_policy_average(backbone: PolicyBackbone, decay: float) -> None:
+def average_policy(backbone: PolicyBackbone, decay: float) -> None:
     """average <- decay * average + (1 - decay) * policy"""
     pairs = zip(backbone.trained_parameters("policy_average"), backbone.trained_parameters("policy"), strict=True)
     for average, weight in pairs:

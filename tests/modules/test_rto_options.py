@@ -387,6 +387,19 @@ def test_held_out_prompts_need_no_critic(tiny_model, roles, files, tmp_path):
     assert not any("value" in name for name in metrics)
 
 
+def test_one_module_predicts_then_tests_then_trains(tiny_model, roles, files, tmp_path):
+    """As in a notebook: each task adds the roles that it needs."""
+    module = stages.full_rto(tiny_model, roles, ema_decay=0.5)
+    data = stages.prompts(files)
+    stages.trainer(tmp_path, 0).predict(module, data)
+    stages.trainer(tmp_path, 0).test(module, data, verbose=False)
+    stages.fit(module, data, tmp_path, steps=2)
+    stages.fit(module, data, tmp_path, steps=2)
+    whole = stages.full_rto(tiny_model, roles, ema_decay=0.5)
+    whole.configure_model()
+    assert set(module.backbone.roles) == set(whole.backbone.roles)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
