@@ -3,7 +3,7 @@
 The generator knows it, the learner never sees it: it labels the preferences and measures the results. It is a
 sum over tokens. A token's weight depends on the prompt and on what was said before, as the reward of a
 token-level Markov decision process may: the state is the prompt with what was said, the action the next
-token.
+token. (`gold_requirement.py` has a second gold reward, which is no sum.)
 
 What pays: naming each of the product's aspects once, the asked one above all, and judging it with one or two
 telling adjectives of the asked tone, the first of them perhaps intensified. What costs: every token a little;
@@ -18,7 +18,9 @@ their costs, about 0.6: the judge is no grammarian, and a fluent policy has litt
 
 import random
 from collections.abc import Sequence
+from typing import Literal
 
+from rto_lightning.quickstart.gold_requirement import FULFILLED, fulfils_requirement
 from rto_lightning.quickstart.grammar import (
     ASPECTS,
     FILLERS,
@@ -35,6 +37,10 @@ from rto_lightning.quickstart.grammar import (
     vocabulary,
     words,
 )
+
+GoldName = Literal["sum", "requirement"]
+"""`sum`: the sum of `gold_token_rewards`. `requirement`: `FULFILLED` for a review that fulfils the requirement
+(`fulfils_requirement`) and 0 for any other, minus `TOKEN_COST` for each word and mark."""
 
 STOP = "<|end|>"
 """The stop token, as it is called in the list of token rewards."""
@@ -91,9 +97,22 @@ def gold_token_rewards(prompt_messages: Sequence[Message], response_text: str) -
     return [*weights, (STOP, state.stop())]
 
 
-def gold_reward(prompt_messages: Sequence[Message], response_text: str) -> float:
-    """The gold reward of a response: the sum of `gold_token_rewards`."""
-    return sum(weight for _, weight in gold_token_rewards(prompt_messages, response_text))
+def gold_reward(prompt_messages: Sequence[Message], response_text: str, gold: GoldName = "sum") -> float:
+    """The gold reward of a response.
+
+    Args:
+        prompt_messages: a prompt of the quickstart.
+        response_text: the response without its stop token.
+        gold: which gold reward; see `GoldName`.
+
+    Raises:
+        UserError: if the prompt is not one of the quickstart's.
+    """
+    if gold == "sum":
+        return sum(weight for _, weight in gold_token_rewards(prompt_messages, response_text))
+    tokens = words(response_text)
+    fulfilled = fulfils_requirement(parse_request(prompt_messages), tokens)
+    return (FULFILLED if fulfilled else 0.0) - TOKEN_COST * len(tokens)
 
 
 class _ReviewState:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rto_lightning.errors import UserError
-from rto_lightning.quickstart.gold import gold_reward
+from rto_lightning.quickstart.gold import GoldName, gold_reward
 from rto_lightning.quickstart.grammar import Message
 from rto_lightning.quickstart.jsonl import write_jsonl
 
@@ -33,7 +33,14 @@ def preference_probability(gold_a: float, gold_b: float, temperature: float = 1.
     return 0.5 * (1.0 + math.tanh(0.5 * difference / temperature))
 
 
-def label_pair(prompt: Sequence[Message], a: str, b: str, rng: random.Random, temperature: float = 1.0) -> LabelledPair:
+def label_pair(
+    prompt: Sequence[Message],
+    a: str,
+    b: str,
+    rng: random.Random,
+    temperature: float = 1.0,
+    gold: GoldName = "sum",
+) -> LabelledPair:
     """Let the judge choose between two answers.
 
     Args:
@@ -42,8 +49,9 @@ def label_pair(prompt: Sequence[Message], a: str, b: str, rng: random.Random, te
         b: another answer.
         rng: source of the judge's errors.
         temperature: how much the judge errs; see `preference_probability`.
+        gold: which gold reward the judge sees.
     """
-    gold_a, gold_b = gold_reward(prompt, a), gold_reward(prompt, b)
+    gold_a, gold_b = gold_reward(prompt, a, gold), gold_reward(prompt, b, gold)
     if rng.random() < preference_probability(gold_a, gold_b, temperature):
         return LabelledPair(a, b, gold_a - gold_b)
     return LabelledPair(b, a, gold_b - gold_a)
@@ -56,6 +64,7 @@ def sample_preferences(
     seed: int = 1,
     temperature: float = 1.0,
     batch_size: int = 256,
+    gold: GoldName = "sum",
 ) -> Iterator[dict[str, object]]:
     """Sample two answers for a prompt, again and again, and label each pair.
 
@@ -69,6 +78,7 @@ def sample_preferences(
         seed: seed of the order of prompts and of the judge.
         temperature: see `preference_probability`.
         batch_size: pairs asked of `sample` at once, as twice as many prompts.
+        gold: which gold reward the judge sees.
 
     Yields:
         Rows `{"prompt": messages, "chosen": text, "rejected": text}`.
@@ -100,7 +110,7 @@ def sample_preferences(
                 continue
             if kept == pairs:
                 return
-            pair = label_pair(prompt, a, b, judge, temperature)
+            pair = label_pair(prompt, a, b, judge, temperature, gold)
             kept += 1
             yield {"prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
 

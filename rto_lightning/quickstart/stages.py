@@ -1,76 +1,43 @@
-"""The pipeline stages of the quickstart that train nothing: sampling preferences, and the closing report."""
+"""The pipeline stages of the quickstart that train nothing: sampling preferences, and comparing what was trained."""
 
-import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
-from rto_lightning.algorithms import kl_estimate, masked_sum, token_rewards
-from rto_lightning.backbone import (
-    BackboneSettings,
-    ChatTokenizer,
-    Message,
-    PolicyBackbone,
-    Sequences,
-    load_chat_tokenizer,
-)
+from rto_lightning.backbone import Message
 from rto_lightning.errors import UserError
 from rto_lightning.modules import RTOModule
-from rto_lightning.quickstart.gold import gold_reward
+from rto_lightning.quickstart.curves import over_optimization, plot_learning_curves, read_curve
+from rto_lightning.quickstart.gold import GoldName, gold_reward
 from rto_lightning.quickstart.jsonl import read_jsonl
+from rto_lightning.quickstart.policies import Sampler, evaluate_policy, load_policies
 from rto_lightning.quickstart.preferences import sample_preferences, write_preferences
-from rto_lightning.quickstart.report import (
-    over_optimization,
-    plot_learning_curves,
-    policy_rows,
-    policy_table,
-    token_correlation,
-    token_reward_text,
-)
-from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngine, response_texts, sample_seeds
+from rto_lightning.quickstart.report import policy_rows, policy_table
+from rto_lightning.quickstart.token_rewards import sample_rewarded_tokens, token_correlation, token_reward_text
+from rto_lightning.rollout import response_texts
+
+BASELINE = "SFT"
+CURVES = "learning_curves.png"
 
 
 class GoldReward(Callback):
-    """Logs the gold reward of each iteration's responses as `train/gold`. Measured only: RTO never sees it."""
+    """Logs the gold reward of each iteration's responses as `train/gold`. Measured only: RTO never sees it.
+
+    Args:
+        gold: which gold reward.
+    """
+
+    def __init__(self, gold: GoldName = "sum") -> None:
+        self.gold: GoldName = gold
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
         """After each RTO iteration."""
         assert isinstance(pl_module, RTOModule)
         trajectory, prompts = pl_module.last_rollout
-        golds = map(gold_reward, prompts, response_texts(trajectory, pl_module.chat))
-        pl_module.log("train/gold", sum(golds) / len(prompts), prog_bar=True, batch_size=len(prompts))
-
-
-class Sampler:
-    """Draws answers of one role to a list of prompts, other ones at each call.
-
-    Args:
-        backbone: the model and its roles.
-        role: who answers.
-        max_new_tokens: length limit of an answer.
-        seed: seed of the draws.
-    """
-
-    def __init__(self, backbone: PolicyBackbone, role: str, max_new_tokens: int, seed: int) -> None:
-        self.backbone, self.role, self.seed = backbone, role, seed
-        self.engine = TransformersEngine(backbone, RolloutSettings(max_new_tokens, batch_size=256))
-        self.calls = 0
-
-    def trajectory(self, prompts: Sequence[list[Message]]) -> Trajectory:
-        """One answer to each prompt, as tokens."""
-        chat = self.backbone.chat
-        rows = [chat.encode_prompt(messages) for messages in prompts]
-        padded = Sequences.from_lists(rows, [[] for _ in rows], chat.pad_id)
-        seeds = sample_seeds(self.seed, self.calls, torch.arange(len(rows)))
-        self.calls += 1
-        return self.engine.rollout(self.role, padded.input_ids, padded.attention_mask, seeds)
-
-    def __call__(self, prompts: list[list[Message]]) -> list[str]:
-        """One answer to each prompt, as text."""
-        return response_texts(self.trajectory(prompts), self.backbone.chat)
+        texts = response_texts(trajectory, pl_module.chat)
+        golds = [gold_reward(prompt, text, self.gold) for prompt, text in zip(prompts, texts, strict=True)]
+        pl_module.log("train/gold", sum(golds) / len(golds), prog_bar=True, batch_size=len(golds))
 
 
 def make_preferences(
@@ -82,6 +49,7 @@ def make_preferences(
     validation_pairs: int = 400,
     temperature: float = 0.5,
     max_new_tokens: int = 36,
+    gold: GoldName = "sum",
 ) -> None:
     """Sample pairs of answers from a model and let the Bradley-Terry judge label them by gold reward.
 
@@ -96,14 +64,44 @@ def make_preferences(
         validation_pairs: validation pairs.
         temperature: how much the judge errs.
         max_new_tokens: length limit of an answer.
+        gold: which gold reward the judge sees.
     """
-    backbone = _backbone(model)
-    backbone.add_role("reference")
-    sampler = Sampler(backbone, "reference", max_new_tokens, seed)
+    sampler = Sampler(load_policies(model), "reference", max_new_tokens, seed)
     rows = [row["prompt"] for row in read_jsonl(prompts)]
     held_out = max(1, len(rows) // 10)
     for name, part, count in (("train", rows[held_out:], pairs), ("validation", rows[:held_out], validation_pairs)):
-        write_preferences(output_dir / f"{name}.jsonl", sample_preferences(part, sampler, count, seed, temperature))
+        labelled = sample_preferences(part, sampler, count, seed, temperature, gold=gold)
+        write_preferences(output_dir / f"{name}.jsonl", labelled)
+
+
+def compare(
+    output_dir: Path,
+    seed: int,
+    model: str,
+    prompts: str,
+    policies: dict[str, str],
+    max_new_tokens: int = 36,
+    answers_per_prompt: int = 4,
+    gold: GoldName = "sum",
+) -> None:
+    """Compare policies, and the SFT model that they started from, on held-out prompts by gold reward.
+
+    Writes `report.md` (table, over-optimization) and `learning_curves.png`, and prints the report.
+
+    Args:
+        output_dir: folder to write to.
+        seed: seed of the answers.
+        model: folder of the SFT model, the base of all roles.
+        prompts: JSONL file of held-out prompts.
+        policies: for each policy's name in the table the folder of its stage, in the table's order. Those that logged
+            the gold reward of their iterations (`GoldReward`) have learning curves.
+        max_new_tokens: length limit of an answer.
+        answers_per_prompt: answers of each policy to each prompt.
+        gold: which gold reward.
+    """
+    messages = [row["prompt"] for row in read_jsonl(prompts)]
+    paragraphs = _compare(output_dir, seed, model, messages, policies, max_new_tokens, answers_per_prompt, gold)
+    _write_report(output_dir, paragraphs)
 
 
 def report(
@@ -117,11 +115,9 @@ def report(
     max_new_tokens: int = 36,
     answers_per_prompt: int = 4,
     examples: int = 3,
+    gold: GoldName = "sum",
 ) -> None:
-    """Compare SFT, DPO, PPO and RTO on held-out prompts by gold reward.
-
-    Writes `report.md` (table, over-optimization, token rewards on example reviews) and `learning_curves.png`, and
-    prints the report.
+    """Compare SFT, DPO, PPO and RTO as `compare` does, and show token rewards on example reviews.
 
     Args:
         output_dir: folder to write to.
@@ -133,93 +129,59 @@ def report(
         prompts: JSONL file of held-out prompts.
         max_new_tokens: length limit of an answer.
         answers_per_prompt: answers of each policy to each prompt.
-        examples: answers whose token rewards are shown.
+        examples: answers whose token rewards are shown, beside the gold weights of the `sum`.
+        gold: which gold reward the table and the curves show.
     """
-    backbone = _backbone(model)
-    backbone.add_role("reference")
-    roles = {"SFT": "reference", "DPO": "dpo", "PPO": "ppo", "RTO": "rto"}
-    for role, folder in (("dpo", dpo), ("ppo", ppo), ("rto", rto)):
-        backbone.add_role(role, str(Path(folder) / "role"))
-
-    messages = [row["prompt"] for row in read_jsonl(prompts)] * answers_per_prompt
-    trajectories = {
-        name: Sampler(backbone, role, max_new_tokens, seed).trajectory(messages) for name, role in roles.items()
-    }
-    answers = {name: response_texts(trajectory, backbone.chat) for name, trajectory in trajectories.items()}
-    kl = {name: _kl(backbone, roles[name], trajectory) for name, trajectory in trajectories.items()}
-    rows = policy_rows(messages, answers, kl)
-    curves = {"PPO": read_curve(ppo), "RTO": read_curve(rto)}
-    figure = output_dir / "learning_curves.png"
-    plot_learning_curves(figure, curves, {row.name: row.gold.mean for row in rows if row.name in ("SFT", "DPO")})
-
-    warnings = [f"- {name}: {text}" for name, curve in curves.items() if (text := over_optimization(curve))]
-    readable = _without_special_tokens(trajectories["SFT"], backbone.chat)
-    asked = [messages[i] for i in readable.tolist()]
-    tokens, rewards = _token_rewards(backbone, trajectories["SFT"].rows(readable))
-    correlation = token_correlation(asked, tokens, rewards)
-    shown = [token_reward_text(*row) for row in list(zip(asked, tokens, rewards, strict=True))[:examples]]
-    prompt_count = len(messages) // answers_per_prompt
+    policies = {"DPO": dpo, "PPO": ppo, "RTO": rto}
+    messages = [row["prompt"] for row in read_jsonl(prompts)]
+    paragraphs = _compare(output_dir, seed, model, messages, policies, max_new_tokens, answers_per_prompt, gold)
+    backbone = load_policies(model, {"dpo": str(Path(dpo) / "role")})
+    rewarded = sample_rewarded_tokens(backbone, messages, answers_per_prompt, max_new_tokens, seed)
+    correlation = token_correlation(*rewarded)
     agreement = f", correlation over all tokens {correlation:.2f}" if correlation is not None else ""
-    paragraphs = [
-        f"{prompt_count} held-out prompts, {answers_per_prompt} answers of each policy to each, seed {seed}:",
-        policy_table(rows),
-        "\n".join(warnings) or "No over-optimization: no policy won score while it lost gold reward.",
+    shown = list(zip(*rewarded, strict=True))[:examples]
+    paragraphs += [
         f"Token rewards log(dpo / reference), in nats, on answers of the SFT model{agreement}:",
-        *(f"```\n{example}\n```" for example in shown),
+        *(f"```\n{token_reward_text(*row)}\n```" for row in shown),
     ]
+    _write_report(output_dir, paragraphs)
+
+
+def _compare(
+    output_dir: Path,
+    seed: int,
+    model: str,
+    prompts: Sequence[list[Message]],
+    policies: Mapping[str, str],
+    max_new_tokens: int,
+    answers_per_prompt: int,
+    gold: GoldName,
+) -> list[str]:
+    """Draw the learning curves, if there are any, and return the paragraphs of the report."""
+    if BASELINE in policies:
+        raise UserError(f"A policy is named {BASELINE}, as the model that all started from; give it another name.")
+    options = (prompts, answers_per_prompt, max_new_tokens, seed, gold)
+    evaluations = {BASELINE: evaluate_policy(load_policies(model), "reference", *options)}
+    for name, folder in policies.items():
+        # A backbone of its own for each, so that the memory does not grow with the policies.
+        backbone = load_policies(model, {"policy": str(Path(folder) / "role")})
+        evaluations[name] = evaluate_policy(backbone, "policy", *options)
+    rows = policy_rows(evaluations, BASELINE)
+    curves = {name: curve for name, folder in policies.items() if (curve := read_curve(folder))}
+    paragraphs = [
+        f"{len(prompts)} held-out prompts, {answers_per_prompt} answers of each policy to each, seed {seed}:",
+        policy_table(rows, BASELINE),
+    ]
+    if curves:
+        levels = {row.name: row.gold.mean for row in rows if row.name in (BASELINE, "DPO")}
+        plot_learning_curves(output_dir / CURVES, curves, levels)
+        warnings = [f"- {name}: {text}" for name, curve in curves.items() if (text := over_optimization(curve))]
+        paragraphs.append("\n".join(warnings) or "No over-optimization: no policy won score while it lost gold reward.")
+    return paragraphs
+
+
+def _write_report(output_dir: Path, paragraphs: Sequence[str]) -> None:
     text = "\n\n".join(paragraphs) + "\n"
     (output_dir / "report.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\nLearning curves: {figure}\nThis text: {output_dir / 'report.md'}")
-
-
-def read_curve(folder: str) -> list[dict[str, float]]:
-    """Gold reward, score and KL of each iteration, from the metrics that an RTO or PPO stage logged last.
-
-    Raises:
-        UserError: if the stage logged no metrics.
-    """
-    logged = sorted((Path(folder) / "metrics").glob("fit*/metrics.csv"), key=lambda path: path.stat().st_mtime)
-    if not logged:
-        raise UserError(f"{folder}/metrics has no metrics.csv of a training run; train the stage with its CSV logger.")
-    path = logged[-1]
-    names = {"gold": "train/gold", "score": "train/score", "kl": "train/kl"}
-    with path.open(encoding="utf-8") as file:
-        return [
-            {"iteration": float(row["step"]) + 1, **{key: float(row[name]) for key, name in names.items()}}
-            for row in csv.DictReader(file)
-            if row.get("train/gold")
-        ]
-
-
-def _backbone(model: str) -> PolicyBackbone:
-    settings = BackboneSettings(model)
-    return PolicyBackbone(settings, load_chat_tokenizer(settings))
-
-
-def _without_special_tokens(trajectory: Trajectory, chat: ChatTokenizer) -> Tensor:
-    """Rows, (N,) int64, whose answers hold no special token but the stop: only these can be read word by word."""
-    special = torch.tensor([i for i in chat.tokenizer.all_special_ids if i not in chat.stop_ids])
-    found = torch.isin(trajectory.sequences.response_ids, special) & trajectory.sequences.response_mask
-    return (~found.any(-1)).nonzero().squeeze(-1)
-
-
-@torch.no_grad()
-def _kl(backbone: PolicyBackbone, role: str, trajectory: Trajectory) -> list[float]:
-    sequences = trajectory.sequences
-    logprobs, reference = (backbone.token_logprobs(name, sequences)[0] for name in (role, "reference"))
-    mask = sequences.response_mask
-    return masked_sum(kl_estimate(logprobs, reference, mask), mask, dim=1).tolist()
-
-
-@torch.no_grad()
-def _token_rewards(backbone: PolicyBackbone, trajectory: Trajectory) -> tuple[list[list[str]], list[list[float]]]:
-    sequences = trajectory.sequences
-    dpo, reference = (backbone.token_logprobs(name, sequences)[0] for name in ("dpo", "reference"))
-    rewards = token_rewards(dpo, reference, sequences.response_mask, beta_1=1.0, clip=0.0)
-    tokenizer = backbone.chat.tokenizer
-    rows = zip(sequences.response_ids, rewards, sequences.response_mask, strict=True)
-    tokens, values = [], []
-    for ids, row, mask in rows:
-        tokens.append(list(tokenizer.convert_ids_to_tokens(ids[mask].tolist())))
-        values.append(row[mask].tolist())
-    return tokens, values
+    figure = [f"Learning curves: {output_dir / CURVES}"] if (output_dir / CURVES).exists() else []
+    print("\n".join(["", text, *figure, f"This text: {output_dir / 'report.md'}"]))

@@ -63,6 +63,28 @@ def test_the_margin_is_that_of_the_chosen_answer() -> None:
     assert any(pair.chosen == b and pair.gold_margin == pytest.approx(-margin) for pair in wrong)
 
 
+def test_the_judge_sees_the_gold_reward_that_is_asked_for() -> None:
+    long, whole = (
+        "the lens is superb and truly lovely . its screen is lovely .",
+        "the lens is nice . its strap is nice .",
+    )
+    assert gold_reward(PROMPT, long) > gold_reward(PROMPT, whole)
+    broken = f"{long} the motor is great ."
+    assert gold_reward(PROMPT, broken) > gold_reward(PROMPT, whole)
+    for texts in ((broken, whole), (whole, broken)):
+        assert label_pair(PROMPT, *texts, random.Random(0), temperature=0.0).chosen == broken
+        pair = label_pair(PROMPT, *texts, random.Random(0), temperature=0.0, gold="requirement")
+        assert pair.chosen == whole
+        assert pair.gold_margin == pytest.approx(3.0 + 0.05 * (18 - 10))
+
+    def sample(prompts: list[list[Message]]) -> list[str]:
+        return [broken] * (len(prompts) // 2) + [whole] * (len(prompts) // 2)
+
+    for gold, chosen in (("sum", broken), ("requirement", whole)):
+        rows = list(sample_preferences([PROMPT], sample, pairs=4, temperature=0.0, gold=gold))
+        assert [row["chosen"] for row in rows] == [chosen] * 4
+
+
 def test_each_prompt_is_used_once_before_any_is_used_twice() -> None:
     rows = list(sample_preferences(PROMPTS, grammar_sampler(0), pairs=40, seed=1, batch_size=16))
     assert len(rows) == 40
