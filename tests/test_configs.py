@@ -1,13 +1,16 @@
 """Every file under `configs/` is run, on a model and data that take no time.
 
-Each stage trains one step through the command line; each pipeline is run with stages that only read their settings.
-What a file says is kept, but for names of files, the number of steps and the size of a batch.
+Each stage trains one step through the command that heads its file, or alone if none does; each pipeline is run with
+stages that only read their settings. What a file says is kept, but for names of files, the number of steps, the size of
+a batch and the length of an answer.
 """
 
 import csv
 import functools
 import math
 import random
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +26,26 @@ from rto_lightning.cli.pipeline_settings import load_pipeline
 from rto_lightning.quickstart.grammar import all_requests, sample_review
 from rto_lightning.quickstart.jsonl import write_jsonl
 from rto_lightning.quickstart.model import TinyModelSettings, write_tiny_model
+from tests.models import write_tiny_neox
 from tests.roles import save_random_role
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.y*ml"))
-PIPELINES = [path for path in FILES if path.stem == "pipeline"]
-STAGES = [path for path in FILES if path.stem != "pipeline"]
+PIPELINES = [path for path in FILES if "\nstages:" in path.read_text(encoding="utf-8")]
+STAGES = [path for path in FILES if path not in PIPELINES]
+COMMAND = re.compile(r"^# +rto-lightning fit ((?:--config \S+ ?)+)$", re.MULTILINE)
 SOURCES = ("train", "validation", "test", "predict")
 BATCH = 4
 """Prompts or pairs of a batch, and rows of a file: an epoch is one batch, and ends with the validation."""
+TOKENS = 12
+"""The longest answer."""
 
 SETTINGS = {
     "rto_lightning.modules.SFTModule": {},
     "rto_lightning.modules.PreferenceModule": {},
-    "rto_lightning.modules.RewardModelModule": {},
+    "rto_lightning.modules.RewardModelModule": {"model.score_statistics.max_new_tokens": TOKENS},
     "rto_lightning.modules.RTOModule": {
-        "model.dpo": "{dpo}",
-        "model.reward": "{reward}",
+        "model.rollout.max_new_tokens": TOKENS,
         "model.ppo.minibatch_size": BATCH,
         "model.ppo.microbatch_size": 2,
         "model.critic.warmup_iterations": 0,  # the one step shall train the policy too
@@ -53,17 +59,32 @@ DATA = {
     "rto_lightning.data.PromptDataModule": "prompts",
 }
 """For each kind of data, the file of that kind."""
+BACKBONES: dict[tuple[str, str], dict[str, Any]] = {
+    ("llama", "adapters"): {},
+    ("llama", "full"): {"mode": "full"},
+    ("pythia", "full"): {"mode": "full", "chat_template": "plain"},
+}
+"""For each architecture and mode, the settings with which a dpo and a reward role are made."""
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT / "configs"))
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files of the command that heads a file, which is the last of them; the file alone if there is no command."""
+    command = COMMAND.search(path.read_text(encoding="utf-8"))
+    files = [ROOT / name for name in command[1].replace("--config", "").split()] if command else [path]
+    assert files[-1] == path
+    return files
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, str]:
-    """A tiny model, a dpo and a reward role on it, and a file of each kind of data."""
+    """Tiny models, a dpo and a reward role on each in each mode, and a file of each kind of data."""
     folder = tmp_path_factory.mktemp("inputs")
-    write_tiny_model(folder / "model", settings=TinyModelSettings(16, 32, layers=1, heads=2))
+    write_tiny_model(folder / "llama", settings=TinyModelSettings(16, 32, layers=1, heads=2))
+    write_tiny_neox(folder / "pythia")
     rng = random.Random(0)
     requests = rng.sample(all_requests(), BATCH)
     rows = [
@@ -73,8 +94,9 @@ def inputs(tmp_path_factory) -> dict[str, str]:
     write_jsonl(folder / "preferences.jsonl", rows)
     write_jsonl(folder / "demonstrations.jsonl", ({"prompt": r["prompt"], "response": r["chosen"]} for r in rows))
     write_jsonl(folder / "prompts.jsonl", ({"prompt": row["prompt"]} for row in rows))
-    for role in ("dpo", "reward"):
-        save_random_role(folder / "model", folder / role, role)
+    for (architecture, mode), settings in BACKBONES.items():
+        for role in ("dpo", "reward"):
+            save_random_role(folder / architecture, folder / f"{architecture}-{mode}-{role}", role, **settings)
     return {path.stem: str(path) for path in folder.iterdir()}
 
 
@@ -86,9 +108,24 @@ def class_path(settings: dict[str, Any], part: str, known: dict[str, Any]) -> st
     return path
 
 
-def overrides(settings: dict[str, Any], inputs: dict[str, str], folder: Path) -> dict[str, Any]:
+def architecture_of(path: Path) -> str:
+    return "pythia" if "pythia" in name_of(path) else "llama"
+
+
+def last_value(contents: list[dict[str, Any]], key: str) -> Any:
+    """What the last of several files that has a dotted key says; None if none has it."""
+    for settings in reversed(contents):
+        with suppress(KeyError):
+            return value_at(settings, key)
+    return None
+
+
+def overrides(path: Path, contents: list[dict[str, Any]], inputs: dict[str, str], folder: Path) -> dict[str, Any]:
     """What a run of one step sets differently."""
-    own = SETTINGS[class_path(settings, "model", SETTINGS)]
+    settings, architecture = contents[0], architecture_of(path)
+    mode = last_value(contents, "model.backbone.mode") or "adapters"
+    named = [role for role in ("dpo", "reward") if last_value(contents, f"model.{role}") is not None]
+    roles = {f"model.{role}": inputs[f"{architecture}-{mode}-{role}"] for role in named}
     kind = DATA[class_path(settings, "data", DATA)]
     looks = {"trainer.val_check_interval": 1} if "val_check_interval" in settings["trainer"] else {}
     files = {f"data.{source}": inputs[kind] for source in SOURCES if source in settings["data"]["init_args"]}
@@ -100,11 +137,12 @@ def overrides(settings: dict[str, Any], inputs: dict[str, str], folder: Path) ->
         "trainer.log_every_n_steps": 1,
         "trainer.enable_progress_bar": "false",
         "trainer.enable_model_summary": "false",
-        "model.backbone.model": inputs["model"],
+        "model.backbone.model": inputs[architecture],
         "data.batch_size": BATCH,
         **looks,
         **files,
-        **{key: value.format(**inputs) if isinstance(value, str) else value for key, value in own.items()},
+        **roles,
+        **SETTINGS[class_path(settings, "model", SETTINGS)],
     }
 
 
@@ -116,7 +154,7 @@ def logged(folder: Path) -> list[dict[str, str]]:
 
 def test_there_are_configurations() -> None:
     assert {"quickstart/rto.yaml", "smollm2_135m/rto.yaml"} <= set(map(name_of, STAGES))
-    assert "quickstart/pipeline.yaml" in set(map(name_of, PIPELINES))
+    assert {"quickstart/pipeline.yaml", "quickstart/methods.yaml"} <= set(map(name_of, PIPELINES))
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -129,9 +167,12 @@ def test_a_file_begins_with_what_it_is_for(path: Path) -> None:
 @pytest.mark.parametrize("path", STAGES, ids=name_of)
 def test_a_stage_trains_one_step(path: Path, inputs: dict[str, str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    changes = overrides(settings, inputs, tmp_path / "out")
-    assert main(["fit", "--config", str(path), *(f"--{key}={value}" for key, value in changes.items())]) == 0
+    files = files_of(path)
+    contents = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
+    settings = contents[0]
+    changes = overrides(path, contents, inputs, tmp_path / "out")
+    configs = [f"--config={file}" for file in files]
+    assert main(["fit", *configs, *(f"--{key}={value}" for key, value in changes.items())]) == 0
 
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     training = [row for row in logged(tmp_path / "out") if any(name.startswith("train/") for name in row)]
@@ -144,8 +185,8 @@ def test_a_stage_trains_one_step(path: Path, inputs: dict[str, str], tmp_path: P
     card = RoleCard.read(role)
     assert card is not None
     assert card.role == SAVED_AS.get(settings["model"]["class_path"].rpartition(".")[2], "policy")
-    assert card.kind == ("model" if settings["model"]["init_args"]["backbone"].get("mode") == "full" else "adapter")
-    moved = movements(role, Path(inputs["model"]))
+    assert card.kind == ("model" if last_value(contents, "model.backbone.mode") == "full" else "adapter")
+    moved = movements(role, Path(inputs[architecture_of(path)]))
     assert moved and all(moved)
 
 
@@ -206,8 +247,14 @@ def test_a_pipeline_gives_its_stages_what_they_take(path: Path, tmp_path: Path, 
     assert list(read_only_stages) == list(folders)
     for stage in settings.stages:
         for key, value in stage.arguments.items():
-            expected = value.format(**folders) if isinstance(value, str) else value
-            assert value_at(read_only_stages[stage.name], key) == expected
+            assert value_at(read_only_stages[stage.name], key) == filled(value, folders)
+
+
+def filled(value: Any, folders: dict[str, str]) -> Any:
+    """A pipeline's argument with each stage's folder in the place of its name, in texts and mappings."""
+    if isinstance(value, dict):
+        return {key: filled(item, folders) for key, item in value.items()}
+    return value.format(**folders) if isinstance(value, str) else value
 
 
 @pytest.mark.parametrize(("name", "option"), [("quickstart", "world.reviews=1"), ("smollm2_135m", "dpo.model.bet=1")])

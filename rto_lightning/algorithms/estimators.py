@@ -15,10 +15,11 @@ sentence term contains the response itself, and it divides by a standard deviati
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from rto_lightning.algorithms.advantages import generalized_advantages, return_to_go
-from rto_lightning.algorithms.masks import masked_sum, zero_outside
+from rto_lightning.algorithms.masks import masked_mean, masked_sum, zero_outside
 from rto_lightning.algorithms.rewards import RewardTerms
 
 Estimator = Literal["gae", "reinforce++", "rloo", "grpo"]
@@ -51,12 +52,12 @@ def estimate_advantages(
           A_{i,t} = s_i - \operatorname*{mean}_{j \ne i} s_j
                     + G_{i,t} - \operatorname*{mean}_{j \ne i,\ t \in y_j} G_{j,t}
 
-    - ``grpo`` (arXiv 2402.03300): the same with the mean of :math:`s` over the whole group, all divided by the sample
-      standard deviation of the group's total rewards plus 1e-4. One division for both terms, so that
-      :math:`\beta_1` and :math:`\beta_3` stay in one unit.
+    - ``grpo`` (arXiv 2402.03300): the same with the mean of :math:`s` over the whole group, all divided by one number
+      for both terms, so that :math:`\beta_1` and :math:`\beta_3` stay in one unit: the sample standard deviation of the
+      group's total rewards or, if that is larger, the root mean square of its dense term, plus 1e-4. (By the deviation
+      alone a group whose totals are nearly equal, though its tokens' rewards are not, would have huge advantages.)
 
-    Without dense terms the last two are those of their papers. With them, ``grpo`` blows up the dense term of a group
-    whose totals are nearly equal (score ties where token rewards sum to 0, as with granularity ``shaping``).
+    Without dense terms the last two are those of their papers.
 
     Args:
         estimator: ``"gae"``, ``"reinforce++"``, ``"rloo"`` or ``"grpo"``.
@@ -100,7 +101,9 @@ def estimate_advantages(
         sentence = deviations * (group_size / (group_size - 1))
         return zero_outside(sentence.view(-1, 1) + dense, mask), returns
     totals = masked_sum(terms.total, mask, dim=1).view(-1, group_size)
-    scale = (totals.std(dim=1) + 1e-4).repeat_interleave(group_size)[:, None]
+    groups = (-1, group_size * mask.shape[1])
+    dense_size = masked_mean(dense.square().view(groups), mask.reshape(groups), dim=1).sqrt()
+    scale = (torch.maximum(totals.std(dim=1), dense_size) + 1e-4).repeat_interleave(group_size)[:, None]
     return zero_outside((deviations.view(-1, 1) + dense) / scale, mask), returns
 
 

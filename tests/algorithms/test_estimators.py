@@ -72,18 +72,20 @@ def test_equations_of_group_estimators(drawn: tuple[Batch, int], estimator: Esti
     terms = reward_terms(batch)
     dense = return_to_go(terms.token + terms.kl, batch.mask, gamma)
     scores, totals = terms.score.sum(dim=1), terms.total.sum(dim=1)
-    expected = torch.zeros_like(dense)
+    expected, relative = torch.zeros_like(dense), torch.zeros_like(dense)
     for row, length in enumerate(batch.lengths):
         group = range(row - row % size, row - row % size + size)
         others = [other for other in group if other != row]
         for t in range(length):
             running = [dense[other, t] for other in others if t < batch.lengths[other]]
-            advantage = dense[row, t] - (sum(running) / len(running) if running else 0)
-            if estimator == "rloo":
-                expected[row, t] = advantage + scores[row] - scores[others].mean()
-            else:
-                advantage += scores[row] - scores[group].mean()
-                expected[row, t] = advantage / (totals[group].std() + 1e-4)
+            relative[row, t] = dense[row, t] - (sum(running) / len(running) if running else 0)
+            baseline = scores[others].mean() if estimator == "rloo" else scores[group].mean()
+            expected[row, t] = relative[row, t] + scores[row] - baseline
+    if estimator == "grpo":
+        for start in range(0, len(batch.lengths), size):
+            rows = slice(start, start + size)
+            size_of_dense = relative[rows][batch.mask[rows]].square().mean().sqrt() if batch.mask[rows].any() else 0
+            expected[rows] /= max(float(totals[rows].std()), float(size_of_dense)) + 1e-4
     advantages, returns = estimate_advantages(estimator, terms, batch.mask, gamma, 1.0, group_size=size)
     torch.testing.assert_close(advantages, expected)
     assert torch.equal(returns, return_to_go(terms.total, batch.mask, gamma))
@@ -130,8 +132,25 @@ def test_grpo_forgets_the_unit_of_all_rewards_together(drawn: tuple[Batch, int],
     larger = RewardTerms(token=scale * terms.token, kl=scale * terms.kl, score=scale * terms.score)
     plain, _ = estimate_advantages("grpo", terms, batch.mask, 1.0, 1.0, group_size=size)
     scaled, _ = estimate_advantages("grpo", larger, batch.mask, 1.0, 1.0, group_size=size)
-    deviation = terms.total.sum(dim=1).view(-1, size).std(dim=1).repeat_interleave(size)[:, None]
-    torch.testing.assert_close(scaled, plain * (deviation + 1e-4) / (deviation + 1e-4 / scale))
+    # The 1e-4 alone has a unit: one factor a group, near 1 where rewards are not near 0.
+    for rows in torch.arange(len(batch.lengths)).split(size):
+        largest = plain[rows].abs().amax()
+        factor = scaled[rows].abs().amax() / largest if largest > 0 else torch.ones_like(largest)
+        torch.testing.assert_close(scaled[rows], plain[rows] * factor)
+        deviation = terms.total[rows].sum(dim=1).std()
+        if deviation > 0.1:
+            assert factor == pytest.approx(1, abs=2e-3 * max(1, 1 / scale))
+
+
+def test_grpo_bounds_the_dense_term_where_totals_are_equal() -> None:
+    """Shaped token rewards sum to 0 and the scores tie: the deviation of totals is 0, the advantages are not huge."""
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    token = tensor([[1, -2, 1], [-1, 2, -1]])
+    terms = RewardTerms(token=token, kl=torch.zeros_like(token), score=tensor([[0, 0, 1], [0, 0, 1]]))
+    advantages, _ = estimate_advantages("grpo", terms, mask, gamma=1.0, lam=1.0, group_size=2)
+    # Returns-to-go are 0, -1, 1 and 0, 1, -1; their differences 0, -2, 2 have a root mean square of sqrt(8 / 3).
+    expected = tensor([[0, -2, 2], [0, 2, -2]]) / ((8 / 3) ** 0.5 + 1e-4)
+    torch.testing.assert_close(advantages, expected)
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "reinforce++"])

@@ -113,6 +113,12 @@ def test_sums_of_sentences_keep_their_digits_in_float32() -> None:
     assert move_token_rewards(rewards, torch.ones_like(ends), "sentence", ends).tolist() == [[1e8, 0.0, 2.0]]
 
 
+def test_ends_outside_the_mask_are_none() -> None:
+    mask = torch.tensor([[True, False, True, True]])
+    moved = move_token_rewards(torch.tensor([[1.0, torch.nan, 2.0, 4.0]]), mask, "sentence", ~mask)
+    assert moved.tolist() == [[0.0, 0.0, 0.0, 7.0]]
+
+
 def test_left_padding_is_no_sentence() -> None:
     mask = torch.tensor([[False, True, True]])
     moved = move_token_rewards(torch.tensor([[torch.nan, 1.0, 2.0]]), mask, "sentence", torch.zeros_like(mask))
