@@ -65,6 +65,6 @@ def _gather_chunk(
     logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer
     if not with_entropy:
         return logprobs, None
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(entropy_gradient):
         probabilities = (logits - normalizer[:, None]).exp()
         return logprobs, normalizer - (probabilities * logits).sum(-1)

@@ -32,7 +32,7 @@ DIGITS = 3
 def collect(protocol: Protocol, work: Path) -> dict[str, Any]:
     """Merge the cells of a work folder; what is not finished yet is left out and counted."""
     records = read_cells(work)
-    window = min(WINDOW, protocol.iterations)
+    window = min(WINDOW, max(1, protocol.iterations // 2))
     plan = list(stages(protocol, records))
     done = [records[cell.name] for stage in plan for cell in stage.cells if cell.name in records]
     document = {
@@ -53,7 +53,7 @@ def collect(protocol: Protocol, work: Path) -> dict[str, Any]:
 def _gold(protocol: Protocol, gold: GoldName, records: Records, work: Path, window: int) -> dict[str, Any]:
     measured = sorted((work / "prepared").glob(f"seed*/{gold}/measured.json"))
     shared = choose_shared(protocol, gold, records)
-    methods = {}
+    methods: dict[str, dict[str, Any]] = {}
     for method in protocol.methods:
         chosen = choose_configuration(protocol, gold, method, records)
         tried = [configuration_cells(protocol, gold, method, shared, row) for row in method.tried] if shared else []
@@ -65,9 +65,9 @@ def _gold(protocol: Protocol, gold: GoldName, records: Records, work: Path, wind
             "runs": [_run(records[cell.name]) for cell in fresh if cell.name in records],
         }
     baseline = methods[BASELINE]["runs"]
-    for method in methods.values():
-        method["summary"] = method_summary(method["runs"], baseline, window)
-    direct = {}
+    for line in methods.values():
+        line["summary"] = method_summary(line["runs"], baseline, window)
+    direct: dict[str, dict[str, Any]] = {}
     for method in protocol.preference_methods:
         cells = preference_cells(protocol, gold, method)
         runs = [_run(records[cell.name]) for cell in cells if cell.name in records]
@@ -75,7 +75,7 @@ def _gold(protocol: Protocol, gold: GoldName, records: Records, work: Path, wind
             "title": method.title,
             "settings": method.fixed,
             "runs": runs,
-            "summary": {"runs": len(runs), **final_summary(runs)},
+            "summary": final_summary(runs),
         }
     return {
         "preparation": [rounded(read_json(path)) for path in measured],

@@ -1,5 +1,6 @@
 """The learning curves, from the kept document alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 KL_RANGE = 3.0
-"""The KL axis ends at this many times PPO's last KL: a run that runs away must not hide the others."""
+"""The KL axis ends at this many times PPO's last KL at most: a run that runs away must not hide the others."""
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
@@ -35,6 +36,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(golds), 2, squeeze=False, sharey="row")
     for (left, right), (name, gold) in zip(panels, golds.items(), strict=True):
+        far = math.inf
         for key, method in gold["methods"].items():
             reward, kl = (mean_curve(method["runs"], quantity, document["window"]) for quantity in ("gold", "kl"))
             used = [document["responses"] * (iteration + 1) for iteration in range(len(reward))]
@@ -43,9 +45,10 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
             if key == "ppo" and reward and reward[-1] is not None and kl[-1] is not None:
                 for axis in (left, right):
                     axis.axhline(reward[-1].mean, color="0.4", linewidth=1.0, linestyle=":")
-                right.set_xlim(0.0, max(KL_RANGE * kl[-1].mean, 0.1))
+                far = KL_RANGE * kl[-1].mean
+        right.set_xlim(0.0, min(max(far, 0.1), right.get_xlim()[1]))
         left.set(xlabel="sampled responses", ylabel="gold reward of an answer", title=GOLDS[name])
-        right.set(xlabel=f"KL to the reference, nats an answer (to {KL_RANGE:.0f} times PPO's)", title="Against KL")
+        right.set(xlabel=f"KL to the reference, nats (at most {KL_RANGE:.0f} times PPO's)", title="Against KL")
         for axis in (left, right):
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)

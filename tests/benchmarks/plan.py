@@ -76,8 +76,9 @@ def stages(protocol: Protocol, records: Records) -> Iterator[Stage]:
         direct = [cell for method in protocol.preference_methods for cell in preference_cells(protocol, gold, method)]
         size = len(fresh) * (len(protocol.methods) + len(protocol.preference_methods))
         yield Stage("C", gold, size, (*third, *direct))
-    sweep = tuple(cell for row in sweep_cells(protocol, records) for cell in row)
-    yield Stage("D", "sum", len(tuning) * len(protocol.sweep), sweep)
+        if gold == "sum":
+            sweep = tuple(cell for row in sweep_cells(protocol, records) for cell in row)
+            yield Stage("D", gold, len(tuning) * len(protocol.sweep), sweep)
 
 
 def sweep_cells(protocol: Protocol, records: Records) -> list[list[Cell]]:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rto_lightning.backbone import Message, PolicyBackbone
 from rto_lightning.cli.stage import run_stage
-from rto_lightning.modules.reading import TrajectoryReader
 from rto_lightning.quickstart.gold import GoldName, gold_reward
 from rto_lightning.quickstart.jsonl import read_jsonl
 from rto_lightning.quickstart.policies import PolicyEvaluation, Sampler, evaluate_policy, load_policies
@@ -98,7 +99,8 @@ class Preparation:
         source = make_reward_source(backbone, str(self.reward_model / "role"), None)
         asked = prompts * ANSWERS_PER_PROMPT
         trajectory = Sampler(backbone, "reference", MAX_NEW_TOKENS, self.seed).trajectory(asked)
-        scores = TrajectoryReader(backbone, 256).scores(source, trajectory, asked).tolist()
+        with torch.no_grad():
+            scores = source.score(asked, trajectory).tolist()
         golds = [
             gold_reward(prompt, text, self.gold)
             for prompt, text in zip(asked, response_texts(trajectory, backbone.chat), strict=True)

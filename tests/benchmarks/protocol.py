@@ -102,8 +102,12 @@ class Protocol:
     """Sampled responses an iteration, whatever the number of prompts they answer."""
     minibatch: int = 32
     """Responses an optimizer step."""
-    shared: tuple[Settings, ...] = grid(lr=(3e-4, 1e-3), beta_2=(0.05, 0.2))
-    """Tried in stage A. `lr` is that of policy and critic."""
+    shared: tuple[Settings, ...] = (
+        *grid(lr=(3e-4, 1e-3), beta_2=(0.05, 0.2)),
+        {"lr": 3e-3, "beta_2": 0.05},
+        {"lr": 1e-3, "beta_2": 0.02},
+    )
+    """Tried in stage A. `lr` is that of policy and critic. The last two are beyond the best corner of the first four."""
     methods: tuple[Method, ...] = METHODS
     preference_methods: tuple[Method, ...] = ()
     """Their `fixed` holds options of the command, as in the pipeline they come from."""

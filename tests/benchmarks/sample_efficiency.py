@@ -66,7 +66,10 @@ def run(protocol: Protocol, work: Path, workers: int, only: str) -> int:
     for process in processes:
         process.join()
     print(status(protocol, work))
-    return sum(process.exitcode != 0 for process in processes)
+    broken = [process.exitcode for process in processes if process.exitcode != 0]
+    if broken:
+        print(f"Of {workers} workers {len(broken)} ended early, with exit codes {broken}; run again to go on.")
+    return len(broken)
 
 
 def status(protocol: Protocol, work: Path) -> str:

@@ -48,13 +48,13 @@ def test_cells_with_other_settings_have_other_names() -> None:
 
 def test_a_stage_is_hidden_until_the_one_before_it_is_chosen_from() -> None:
     first = next(stages(FULL, {}))
-    assert (first.letter, first.gold, len(first.cells)) == ("A", "sum", 12)
+    assert (first.letter, first.gold, len(first.cells)) == ("A", "sum", 18)
     sizes = {(stage.letter, stage.gold): len(stage.cells) for stage in stages(FULL, {})}
     assert sizes == {
-        ("A", "sum"): 12,
+        ("A", "sum"): 18,
         ("B", "sum"): 0,
         ("C", "sum"): 0,
-        ("A", "requirement"): 12,
+        ("A", "requirement"): 18,
         ("B", "requirement"): 0,
         ("C", "requirement"): 0,
         ("D", "sum"): 0,
@@ -106,4 +106,4 @@ def test_a_configuration_that_fails_once_is_not_chosen() -> None:
 def test_nothing_is_chosen_where_everything_failed() -> None:
     records = run_all(FULL, lambda cell: {"validation": None, "error": "ValueError", "diverged": False})
     assert choose_shared(FULL, "sum", records) is None
-    assert sum(len(stage.cells) for stage in stages(FULL, records)) == 24
+    assert sum(len(stage.cells) for stage in stages(FULL, records)) == 36

@@ -12,7 +12,7 @@ from tests.benchmarks.document import rounded, write_document
 from tests.benchmarks.figure import mean_curve
 from tests.benchmarks.plan import Cell, stages
 from tests.benchmarks.protocol import FULL, Method, Protocol
-from tests.benchmarks.records import read_cells, read_json, write_json
+from tests.benchmarks.records import read_json, write_json
 from tests.benchmarks.report import write_report
 from tests.benchmarks.tables import bracket, number, settings_text, table
 
@@ -23,7 +23,7 @@ def record(cell: Cell) -> dict[str, Any]:
     """What a cell might have measured: a curve that climbs, RTO's twice as fast as the others'."""
     rng = random.Random(cell.name)
     speed = 0.1 if cell.method == "rto" else 0.05
-    gold = [min(speed * i, 2.0) + rng.uniform(-0.05, 0.05) for i in range(cell.iterations)]
+    gold = [speed * i + rng.uniform(-0.05, 0.05) for i in range(cell.iterations)]
     kl = [0.2 * i for i in range(cell.iterations)]
     measured = {"gold": gold[-1] if gold else 0.5, "kl": 7.9, "length": 11.5}
     result: dict[str, Any] = {
@@ -43,12 +43,14 @@ def record(cell: Cell) -> dict[str, Any]:
 
 def fill(protocol: Protocol, work: Path, cells: int = 10_000) -> None:
     """Finish cells until none is left, or as many as asked for."""
-    for _ in range(10):
-        done = read_cells(work)
-        for cell in {cell.name: cell for stage in stages(protocol, done) for cell in stage.cells}.values():
-            if cell.name not in done and cells > 0:
-                write_json(work / "cells" / f"{cell.name}.json", record(cell))
-                cells -= 1
+    done: dict[str, dict[str, Any]] = {}
+    while len(done) < cells:
+        known = {cell.name: cell for stage in stages(protocol, done) for cell in stage.cells if cell.name not in done}
+        if not known:
+            return
+        for name, cell in list(known.items())[: cells - len(done)]:
+            done[name] = record(cell)
+            write_json(work / "cells" / f"{name}.json", done[name])
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +108,11 @@ def test_failures_are_listed(finished: Path) -> None:
 
 
 def test_an_unfinished_benchmark_says_so(tmp_path: Path) -> None:
-    fill(PROTOCOL, tmp_path, cells=50)
+    fill(PROTOCOL, tmp_path, cells=18)
     write_report(PROTOCOL, tmp_path, tmp_path)
     total = sum(stage.size for stage in stages(PROTOCOL, {}))
-    # Three of the 50 cells of stages A and B count in both.
-    assert f"**Not finished: {total - 50 - 3} runs are missing.**" in (tmp_path / "sample_efficiency.md").read_text()
+    # Of the 18 cells of stage A, 3 are PPO's first configuration of stage B too.
+    assert f"**Not finished: {total - 18 - 3} runs are missing.**" in (tmp_path / "sample_efficiency.md").read_text()
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_mean_curve_leaves_out_failed_runs_but_no_seed_of_an_iteration() -> None:
-    runs = [
+    runs: list[dict[str, Any]] = [
         {"error": None, "curves": {"gold": [1.0, 2.0, 3.0]}},
         {"error": None, "curves": {"gold": [3.0, 4.0, None]}},
         {"error": "ValueError", "curves": None},

@@ -31,9 +31,8 @@ def claim(protocol: Protocol, work: Path) -> None:
         write_json(path, mark)
     elif (before := read_json(path)) != json.loads(json.dumps(mark)):
         changed = [name for name, config in configs.items() if before["configs"].get(name) != config]
-        raise SystemExit(
-            f"{work} was begun with other settings ({', '.join(changed) or 'preparation'} changed); give another --work."
-        )
+        what = ", ".join(changed) or "preparation"
+        raise SystemExit(f"{work} was begun with other settings ({what} changed); give another --work.")
 
 
 @contextmanager
