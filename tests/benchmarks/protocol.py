@@ -107,7 +107,7 @@ class Protocol:
         {"lr": 3e-3, "beta_2": 0.05},
         {"lr": 1e-3, "beta_2": 0.02},
     )
-    """Tried in stage A. `lr` is that of policy and critic. The last two are beyond the best corner of the first four."""
+    """Tried in stage A. `lr` is that of policy and critic. The last two lie beyond the best corner of the four."""
     methods: tuple[Method, ...] = METHODS
     preference_methods: tuple[Method, ...] = ()
     """Their `fixed` holds options of the command, as in the pipeline they come from."""
