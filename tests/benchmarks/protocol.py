@@ -41,7 +41,7 @@ class Method:
 
 
 _TOKEN_REWARDS = tuple(
-    {"beta_1": beta_1, "token_reward_clip": clip} for beta_1, clip in ((0.1, 0.1), (0.1, 0.3), (0.3, 0.3), (0.3, 1.0))
+    {"beta_1": beta_1, "token_reward_clip": clip} for beta_1, clip in ((0.05, 0.05), (0.1, 0.1), (0.2, 0.1), (0.3, 0.3))
 )
 _GROUPS = grid(responses_per_prompt=(4, 8))
 
@@ -86,7 +86,7 @@ PREFERENCE_TITLES = {
 }
 """Direct preference learning: stages of configs/quickstart/methods.yaml, one configuration each."""
 
-SWEEP = grid(beta_1=(0.03, 0.1, 0.3, 1.0), token_reward_clip=(0.05, 0.3, 0.0))
+SWEEP = grid(beta_1=(0.05, 0.1, 0.3), token_reward_clip=(0.05, 0.1, 0.3, 0.0))
 """Stage D; a clip of 0 is off."""
 
 
@@ -102,12 +102,8 @@ class Protocol:
     """Sampled responses an iteration, whatever the number of prompts they answer."""
     minibatch: int = 32
     """Responses an optimizer step."""
-    shared: tuple[Settings, ...] = (
-        *grid(lr=(3e-4, 1e-3), beta_2=(0.05, 0.2)),
-        {"lr": 3e-3, "beta_2": 0.05},
-        {"lr": 1e-3, "beta_2": 0.02},
-    )
-    """Tried in stage A. `lr` is that of policy and critic. The last two lie beyond the best corner of the four."""
+    shared: tuple[Settings, ...] = grid(lr=(1e-4, 3e-4, 1e-3), beta_2=(0.05, 0.2))
+    """Tried in stage A. `lr` is that of policy and critic."""
     methods: tuple[Method, ...] = METHODS
     preference_methods: tuple[Method, ...] = ()
     """Their `fixed` holds options of the command, as in the pipeline they come from."""

@@ -25,7 +25,12 @@ def claim(protocol: Protocol, work: Path) -> None:
         SystemExit: if it was made by others: its cells could not be compared with new ones.
     """
     configs = {name: yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")) for name in CONFIG_NAMES}
-    mark = {"preparation": dict(protocol.preparation), "minibatch": protocol.minibatch, "configs": configs}
+    mark = {
+        "preparation": dict(protocol.preparation),
+        "responses": protocol.responses,
+        "minibatch": protocol.minibatch,
+        "configs": configs,
+    }
     path = work / "made_by.json"
     if not path.exists():
         write_json(path, mark)
