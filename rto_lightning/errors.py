@@ -39,8 +39,8 @@ def check_settings(
     Raises:
         UserError: If one is out of range.
     """
-    for names, lowest, words in ((positive, True, "above 0"), (not_negative, False, "to 0 or more")):
+    for names, above, words in ((positive, True, "above 0"), (not_negative, False, "to 0 or more")):
         for name in names:
             value = getattr(settings, name)
-            if value is not None and (value <= 0 if lowest else value < 0):
+            if value is not None and not (value > 0 if above else value >= 0):
                 raise UserError(f"{where}.{name} is {value}; set it {words}.")

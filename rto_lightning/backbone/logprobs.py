@@ -12,7 +12,6 @@ def gather_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     with_entropy: bool = False,
-    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each token under the softmax over the vocabulary, a chunk of tokens at a time.
 
@@ -29,7 +28,6 @@ def gather_logprobs(
         temperature: divides the logits; in nats as everything here.
         chunk_tokens: rows whose logits exist at a time.
         with_entropy: also return the entropy of each distribution.
-        entropy_gradient: let the entropy have a gradient, for an entropy bonus.
 
     Returns:
         Log-probabilities (N,), and entropies (N,) or None; float32 (float64 if the logits are).
@@ -38,7 +36,7 @@ def gather_logprobs(
     logprobs, entropies = [], []
     # A frozen output layer is many times slower on a slice that is not contiguous.
     for rows, targets in zip(hidden.contiguous().split(chunk_tokens), tokens.split(chunk_tokens), strict=True):
-        arguments = (rows, output_layer, targets, temperature, with_entropy, entropy_gradient)
+        arguments = (rows, output_layer, targets, temperature, with_entropy)
         if recompute:
             chunk_logprobs, chunk_entropy = checkpoint(_gather_chunk, *arguments, use_reentrant=False)
         else:
@@ -54,7 +52,6 @@ def _gather_chunk(
     tokens: Tensor,
     temperature: float,
     with_entropy: bool,
-    entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     logits = output_layer(hidden)
     if logits.dtype != torch.float64:
@@ -65,6 +62,5 @@ def _gather_chunk(
     logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer
     if not with_entropy:
         return logprobs, None
-    with torch.set_grad_enabled(entropy_gradient):
-        probabilities = (logits - normalizer[:, None]).exp()
-        return logprobs, normalizer - (probabilities * logits).sum(-1)
+    probabilities = (logits - normalizer[:, None]).exp()
+    return logprobs, normalizer - (probabilities * logits).sum(-1)

@@ -177,7 +177,6 @@ class PolicyBackbone(nn.Module):
         sequences: Sequences,
         temperature: float = 1.0,
         with_entropy: bool = False,
-        entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each response token under a role.
 
@@ -196,7 +195,6 @@ class PolicyBackbone(nn.Module):
                 temperature,
                 self.settings.logprob_chunk_tokens,
                 with_entropy,
-                entropy_gradient,
             )
         return _scatter(logprobs, mask), None if entropy is None else _scatter(entropy, mask)
 

@@ -24,7 +24,7 @@ class Role:
     adapter: str | None
     """Name of the adapter on that model; None computes without one."""
     trainable: bool
-    """Whether its own weights receive gradients."""
+    """Whether its own weights change in training, and so are held in full precision and belong into a checkpoint."""
 
 
 @dataclass

@@ -27,9 +27,7 @@ def accumulate_policy_gradients(
     for part in rows.split(ppo.microbatch_size):
         sequences, mask = experience.trajectory.sequences.rows(part), experience.mask[part]
         with backbone.play("policy"):
-            logprobs, entropy = backbone.token_logprobs(
-                "policy", sequences, temperature, with_entropy=with_entropy, entropy_gradient=with_entropy
-            )
+            logprobs, entropy = backbone.token_logprobs("policy", sequences, temperature, with_entropy)
             loss, of_part = policy_loss(
                 logprobs,
                 experience.logprobs[part],

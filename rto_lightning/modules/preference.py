@@ -98,14 +98,11 @@ class PreferenceModule(StageModule):
         self._check_settings()
 
     def configure_model(self) -> None:
-        """As :meth:`StageModule.configure_model`; a test after a fit without the reference adds it."""
+        """Load the base model, add the policy and, where it is read, the frozen reference that it starts as."""
         super().configure_model()
-        self._add_missing_reference()
-
-    def add_roles(self) -> None:
-        """Add the frozen reference, if it is read, and the policy that starts as it."""
-        self._add_missing_reference()
-        self.add_policy()
+        testing = self._trainer is not None and self.trainer.testing
+        if (self.loss != "simpo" or testing) and "reference" not in self.backbone.roles:
+            self.add_reference()
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Loss of one batch of pairs."""
@@ -160,11 +157,6 @@ class PreferenceModule(StageModule):
                 raise UserError(f"{name} is {value}; set it to a finite number that is not negative.")
         if self.label_smoothing >= 0.5:
             raise UserError(f"label_smoothing is {self.label_smoothing}; set it to at least 0 and below 0.5.")
-
-    def _add_missing_reference(self) -> None:
-        testing = self._trainer is not None and self.trainer.testing
-        if (self.loss != "simpo" or testing) and "reference" not in self.backbone.roles:
-            self.add_reference()
 
     def _compare(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, _Answers, PreferenceLoss]:
         answers = self._read(batch, with_reference=self.loss != "simpo" or split == "test")

@@ -22,9 +22,9 @@ from rto_lightning.modules.ppo_update import ppo_update
 from rto_lightning.modules.reading import TrajectoryReader
 from rto_lightning.modules.rto_inputs import check_inputs, reward_sources
 from rto_lightning.modules.rto_roles import add_critic, add_dpo, add_policy_average, average_policy, scale_critic
-from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings, WeightedReward
+from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
 from rto_lightning.modules.stage import StageModule
-from rto_lightning.rewards import WeightedScores, make_scores
+from rto_lightning.rewards import WeightedReward, WeightedScores, make_scores
 from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngine, response_texts, sample_seeds
 from rto_lightning.seeding import derive_seed, run_seed
 
@@ -87,8 +87,9 @@ class RTOModule(StageModule):
         super().__init__(backbone, trained, policy_optimizer, policy_scheduler)
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise UserError(f"model.ema_decay is {ema_decay}; set it between 0 and 1, or to null.")
-        self.sources = reward_sources(reward, reward_function, more_rewards or [])
+        self.sources = reward_sources(reward, reward_function, more_rewards or [], rewards.beta_3)
         check_inputs(dpo, self.sources, rewards, ppo, critic)
+        rollout.check_length(rewards.min_response_tokens)
         self.automatic_optimization = False
         self.dpo, self.dpo_reference = dpo, dpo_reference
         self.rollout_settings, self.rewards, self.ppo, self.critic = rollout, rewards, ppo, critic
@@ -116,8 +117,10 @@ class RTOModule(StageModule):
         self.reader = TrajectoryReader(self.backbone, self.ppo.scoring_batch_size or 2 * self.ppo.microbatch_size)
 
     def configure_model(self) -> None:
-        """Load the base model and add the roles that the trainer's task needs: `predict` takes the policy alone."""
+        """Load the base model and add the roles that the trainer's task needs: `predict` scores nothing."""
         super().configure_model()
+        if self.ema_decay is not None and "policy_average" not in self.backbone.roles:
+            add_policy_average(self.backbone)
         if self._trainer is None or not self.trainer.predicting:
             self._add_reward_roles()
         if self._trainer is None or self.trainer.training:
@@ -128,18 +131,15 @@ class RTOModule(StageModule):
             assert self.dpo is not None
             add_dpo(self.backbone, self.dpo, self.dpo_reference, self.init_fingerprint)
         if self.rewards.beta_3 != 0 and self.scores is None:
-            sources = [(source.reward, source.reward_function, source.weight) for source in self.sources]
-            self.scores = make_scores(self.backbone, sources, self.rewards.normalize_score)
-            policy_card = self.backbone.cards.get("policy")
-            self.scores.restore(policy_card.settings.get("score_statistics", []) if policy_card is not None else [])
+            self.scores = make_scores(self.backbone, self.sources, self.rewards.normalize_score)
+            if (card := self.backbone.cards.get("policy")) is not None:
+                self.scores.restore(card.settings.get("score_statistics", {}))
 
     def _add_training_roles(self) -> None:
         if self.ppo.has_critic and "critic" not in self.backbone.roles:
             add_critic(self.backbone, self.critic.init)
-            if self.scores is not None and self.scores.normalizer().ready:
-                scale_critic(self.backbone, self.critic.init, self.scores.normalizer())
-        if self.ema_decay is not None and "policy_average" not in self.backbone.roles:
-            add_policy_average(self.backbone)
+            if self.scores is not None:
+                scale_critic(self.backbone, self.critic.init, self.scores, self.rewards.beta_3)
 
     @property
     def saved_role(self) -> str:
@@ -205,8 +205,8 @@ class RTOModule(StageModule):
                 break
         units_are_new = not self.scores.normalizer().ready
         self.scores.measure(scores[:wanted])
-        if units_are_new:
-            scale_critic(self.backbone, self.critic.init, self.scores.normalizer())
+        if units_are_new and self.critic.init == "reward" and "critic" in self.backbone.roles:
+            scale_critic(self.backbone, self.critic.init, self.scores, self.rewards.beta_3)
 
     # One iteration ------------------------------------------------------------------------------------------------
 
@@ -225,7 +225,8 @@ class RTOModule(StageModule):
         self.last_rollout = trajectory, batch.messages
         metrics: dict[str, Tensor | float] = {**experience.metrics(), **losses, **self.phases.finish(len(batch))}
         metrics["kl_coefficient"] = float(self.kl_coefficient)
-        self._adapt_kl_coefficient(float(metrics["kl"]), len(batch))
+        if self.rewards.kl_target is not None and "policy/loss" in losses:  # not while the critic alone is trained
+            self._adapt_kl_coefficient(self.rewards.kl_target, float(metrics["kl"]), len(batch))
         shown = {"reward/total", "score", "kl"}
         for name, value in metrics.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=len(batch))
@@ -316,15 +317,12 @@ class RTOModule(StageModule):
         Returns:
             Means over the minibatches, for the log.
         """
-        samples = len(experience.mask)
-        self.ppo.check(samples)
-        minibatches = [
-            rows.to(experience.mask.device)
-            for epoch in range(self.ppo.epochs)
-            for rows in torch.randperm(samples, generator=self._generator(iteration, epoch)).split(
-                self.ppo.minibatch_size or samples
-            )
-        ]
+        self.ppo.check(samples := len(experience.mask))
+        minibatches: list[Tensor] = []
+        for epoch in range(self.ppo.epochs):
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", iteration, epoch))
+            order = torch.randperm(samples, generator=generator).to(experience.mask.device)
+            minibatches += order.split(self.ppo.minibatch_size or samples)
         optimizers = self.optimizers()
         policy, critic = optimizers if isinstance(optimizers, list) else (optimizers, None)
         train_policy = critic is None or iteration >= self.critic.warmup_iterations
@@ -359,13 +357,18 @@ class RTOModule(StageModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """The answers: for each prompt its row, its messages, the response text and whether it was truncated."""
-        trajectory = self.rollout(batch, EVALUATION)
+        trajectory = self.rollout(batch, EVALUATION, self.saved_role)
         return [
             {"index": int(index), "prompt": prompt, "response": text, "truncated": bool(truncated)}
             for index, prompt, text, truncated in zip(
                 batch.index, batch.messages, response_texts(trajectory, self.chat), trajectory.truncated, strict=True
             )
         ]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that lacks the moving average which the settings ask for, by a UserError."""
+        if self.ema_decay is not None and not any("policy_average" in name for name in checkpoint["state_dict"]):
+            raise UserError("the checkpoint holds no moving average of the policy; set model.ema_decay to null.")
 
     def role_settings(self) -> dict[str, Any]:
         """The statistics by which scores were normalised, so that a test of the policy takes the same."""
@@ -384,17 +387,12 @@ class RTOModule(StageModule):
         if self.scores is not None and not self.scores.ready:
             self.measure_score_statistics(dataloader())
 
-    def _adapt_kl_coefficient(self, kl: float, samples: int) -> None:
-        target, horizon = self.rewards.kl_target, self.rewards.kl_horizon
-        if target is not None:
-            adapted = adaptive_kl_coefficient(float(self.kl_coefficient), kl, target, horizon, samples)
-            self.kl_coefficient.fill_(adapted)
+    def _adapt_kl_coefficient(self, target: float, kl: float, samples: int) -> None:
+        adapted = adaptive_kl_coefficient(float(self.kl_coefficient), kl, target, self.rewards.kl_horizon, samples)
+        self.kl_coefficient.fill_(adapted)
 
     def _evaluate(self, batch: PromptBatch, split: str) -> None:
         trajectory = self.rollout(batch, EVALUATION, self.saved_role)
         shown = {"reward/total", "kl"}
         for name, value in self.reward(trajectory, batch.messages, self.saved_role).metrics().items():
             self.log(f"{split}/{name}", value.float(), prog_bar=name in shown, batch_size=len(batch))
-
-    def _generator(self, iteration: int, epoch: int) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", iteration, epoch))

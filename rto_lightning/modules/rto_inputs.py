@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from rto_lightning.backbone.roles import role_folder
 from rto_lightning.errors import UserError
-from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings, WeightedReward
-from rto_lightning.rewards import saved_reward_role
+from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
+from rto_lightning.rewards import WeightedReward, saved_reward_role
 
 
 def check_inputs(
@@ -27,6 +27,11 @@ def check_inputs(
                 "rewards.beta_1 is not 0, which needs a DPO role; set model.dpo, or beta_1 to 0 for plain PPO."
             )
         role_folder(dpo, "dpo")
+    if rewards.granularity != "token" and rewards.beta_1 == 0:
+        raise UserError(
+            f"rewards.granularity {rewards.granularity} moves token rewards, of which beta_1 0 leaves none; set beta_1 "
+            "above 0, or granularity to token."
+        )
     if rewards.beta_3 != 0 and not sources:
         raise UserError(
             "rewards.beta_3 is not 0, which needs model.reward or model.reward_function; set one, or beta_3 to 0."
@@ -38,21 +43,29 @@ def check_inputs(
         )
     saved = [saved_reward_role(source.reward) for source in sources] if rewards.beta_3 != 0 else []
     if not ppo.has_critic:
+        if critic.warmup_iterations > 0:
+            raise UserError(
+                f"critic.warmup_iterations waits for a critic, and ppo.estimator {ppo.estimator} has none; set it to 0."
+            )
         return
     if critic.init == "reward" and (not saved or saved[0] is None):
-        raise UserError("critic.init is reward, but no saved reward role is used; set critic.init to policy.")
+        raise UserError(
+            "critic.init is reward, but model.reward is no saved reward role; set critic.init to policy or to a folder."
+        )
     if critic.init not in ("reward", "policy") and role_folder(critic.init, "reward") is None:
         raise UserError(f"critic.init is {critic.init}; set it to reward, policy or the folder of a saved role.")
 
 
 def reward_sources(
-    reward: str | None, reward_function: str | None, more: Sequence[WeightedReward]
+    reward: str | None, reward_function: str | None, more: Sequence[WeightedReward], beta_3: float
 ) -> list[WeightedReward]:
     """All sources of scores, the first of them with weight 1.
 
     Raises:
-        UserError: if there are two first ones.
+        UserError: if there are two first ones, or more of them while scores do not count.
     """
+    if more and beta_3 == 0:
+        raise UserError("model.more_rewards are scores, of which rewards.beta_3 0 leaves none; remove them.")
     if reward is not None and reward_function is not None:
         raise UserError(
             "model.reward and model.reward_function are both set; set one to null, and name it in model.more_rewards."

@@ -1,10 +1,12 @@
 """The roles of the RTO stage beside policy and reference: dpo, critic, and the policy's moving average."""
 
+from collections.abc import Sequence
+
 import torch
 
 from rto_lightning.backbone import PolicyBackbone
 from rto_lightning.errors import UserError
-from rto_lightning.rewards import ScoreNormalizer
+from rto_lightning.rewards import WeightedScores
 
 
 def add_dpo(backbone: PolicyBackbone, dpo: str, dpo_reference: str | None, init_fingerprint: str | None) -> None:
@@ -41,17 +43,28 @@ def add_critic(backbone: PolicyBackbone, init: str) -> None:
         backbone.add_role("critic", init, trainable=True, scalar_head=True)
 
 
-def scale_critic(backbone: PolicyBackbone, init: str, normalizer: ScoreNormalizer) -> None:
-    """Bring a critic that starts as a reward role to units of the normalised score."""
-    card = backbone.cards.get("critic")
-    from_reward = init == "reward" or (card is not None and card.role == "reward")
-    if "critic" in backbone.roles and from_reward and normalizer.enabled:
-        backbone.head("critic").rescale(*normalizer.mean_std.tolist())
+def scale_critic(backbone: PolicyBackbone, init: str, scores: WeightedScores, beta_3: float) -> None:
+    """Bring a critic that starts as a reward role to units of the reward, beta_3 * weight * (score - mean) / std.
+
+    Mean and deviation are those of the role that it starts as; where they are not known (yet), nothing happens.
+    """
+    statistics: Sequence[float | None]
+    if init == "reward":
+        if not scores.normalizer().ready:
+            return
+        statistics, weight = scores.normalizer().mean_std.tolist(), scores.weights[0]
+    elif "critic" in backbone.cards and backbone.cards["critic"].role == "reward":
+        statistics, weight = (backbone.cards["critic"].score_mean, backbone.cards["critic"].score_std), 1.0
+    else:
+        return
+    mean, std = statistics if scores.normalizer().enabled else (0.0, 1.0)
+    if mean is not None and std is not None and beta_3 * weight != 0:
+        backbone.head("critic").rescale(mean, std / (beta_3 * weight))
 
 
 def add_policy_average(backbone: PolicyBackbone) -> None:
-    """Add the moving average, which starts as the policy; no optimizer trains it."""
-    backbone.copy_role("policy", "policy_average", trainable=True)  # held in the precision of trained weights
+    """Add the moving average, which starts as the policy. Its weights change, but no gradient reaches them."""
+    backbone.copy_role("policy", "policy_average", trainable=True)
     for weight in backbone.trained_parameters("policy_average"):
         weight.requires_grad_(False)
 

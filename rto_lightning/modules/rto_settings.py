@@ -24,7 +24,7 @@ class RewardSettings:
     its end (Semi-RTO); `delayed` moves the whole sum to the last token (DDPO); `shaping` takes the sum off again at
     the last token, so that a response earns its score alone (RS-PPO)."""
     score_clip: float = 10.0
-    """Largest magnitude of a score, after normalisation; 0 is off."""
+    """Largest magnitude of the score, after normalisation and, of several sources, addition; 0 is off."""
     normalize_score: bool = True
     """Subtract the mean score of the reference policy's answers and divide by their standard deviation."""
     normalization_samples: int = 256
@@ -49,6 +49,7 @@ class RewardSettings:
             self,
             positive=("kl_target", "kl_horizon", "normalization_samples"),
             not_negative=(
+                "beta_2",
                 "token_reward_clip",
                 "score_clip",
                 "truncation_penalty",
@@ -56,27 +57,12 @@ class RewardSettings:
                 "short_penalty",
             ),
         )
+        if self.kl_target is not None and self.beta_2 == 0:
+            raise UserError("model.rewards.kl_target multiplies beta_2, which is 0; set beta_2 above 0.")
         if (self.short_penalty == 0) != (self.min_response_tokens == 0):
             raise UserError(
                 "model.rewards.short_penalty and min_response_tokens do nothing without each other; set both or none."
             )
-
-
-@dataclass
-class WeightedReward:
-    """One more source of scores beside the first."""
-
-    reward: str | None = None
-    """Folder or hub name of a sequence-classification model with one label."""
-    reward_function: str | None = None
-    """A Python function `module:function`, in the place of `reward`."""
-    weight: float = 1.0
-    """Its normalised score is multiplied by this and added to that of the first source."""
-
-    def __post_init__(self) -> None:
-        """Raise UserError unless exactly one source is named."""
-        if (self.reward is None) == (self.reward_function is None):
-            raise UserError("each of model.more_rewards names one source; set either reward or reward_function.")
 
 
 @dataclass
@@ -97,13 +83,14 @@ class PPOSettings:
     """Lambda of generalised advantage estimation (arXiv 1506.02438)."""
     estimator: Estimator = "gae"
     """How rewards become advantages: `gae` with a critic; without one `reinforce++` (arXiv 2501.03262), `rloo`
-    (arXiv 2402.14740) or `grpo` (arXiv 2402.03300), the last two with several `rollout.responses_per_prompt`."""
+    (arXiv 2402.14740) or `grpo` (arXiv 2402.03300), the last two with several `rollout.responses_per_prompt`. Settings
+    of critic and values, and `lam`, are then not read."""
     whiten_advantages: bool | None = None
     """Bring advantages to mean 0 and variance 1 over the iteration; null does so for `gae` and `reinforce++`."""
     clip_range: float = 0.2
     """The policy ratio counts up to 1 +- this."""
     dual_clip: float | None = None
-    """Largest ratio, above 1, by which a negative advantage counts (arXiv 1912.09729); null is off."""
+    """Largest ratio, above 1 + clip_range, by which a negative advantage counts (arXiv 1912.09729); null is off."""
     entropy_coefficient: float = 0.0
     """Entropy bonus: this times the policy's mean entropy, in nats, is subtracted from its loss."""
     kl_stop: float | None = None
@@ -123,8 +110,14 @@ class PPOSettings:
         sizes = ("epochs", "minibatch_size", "microbatch_size", "scoring_batch_size")
         limits = ("clip_range", "value_clip_range", "policy_gradient_clip_val", "critic_gradient_clip_val", "kl_stop")
         check_settings("model.ppo", self, positive=sizes + limits, not_negative=("entropy_coefficient",))
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise UserError(f"model.ppo.dual_clip is {self.dual_clip}; set it above 1, or to null.")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"model.ppo.{name} is {getattr(self, name)}; set it between 0 and 1.")
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_range:
+            raise UserError(
+                f"model.ppo.dual_clip {self.dual_clip} would cut ratios that clip_range {self.clip_range} allows; set "
+                "it above 1 + clip_range, or to null."
+            )
 
     @property
     def has_critic(self) -> bool:
@@ -164,3 +157,7 @@ class CriticSettings:
     zeros), or the folder of a saved role."""
     warmup_iterations: int = 0
     """First iterations in which the critic alone is trained."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for values that no run can use."""
+        check_settings("model.critic", self, not_negative=("warmup_iterations",))

@@ -1,6 +1,6 @@
 """Where the sentence-level score comes from: a reward role, an outside model, or a Python function."""
 
-from rto_lightning.rewards.build import make_reward_source, make_scores, saved_reward_role
+from rto_lightning.rewards.build import WeightedReward, make_reward_source, make_scores, saved_reward_role
 from rto_lightning.rewards.function import FunctionReward
 from rto_lightning.rewards.normalization import ScoreNormalizer, score_statistics
 from rto_lightning.rewards.outside_model import OutsideRewardModel
@@ -14,6 +14,7 @@ __all__ = [
     "RewardSource",
     "RoleReward",
     "ScoreNormalizer",
+    "WeightedReward",
     "WeightedScores",
     "make_reward_source",
     "make_scores",

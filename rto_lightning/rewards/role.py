@@ -12,12 +12,13 @@ class RoleReward:
     Args:
         backbone: the backbone that has the role.
         role: `reward`, or `reward_2` and so on where there are several.
+        source: where the role was saved, for messages.
     """
 
-    def __init__(self, backbone: PolicyBackbone, role: str = "reward") -> None:
+    def __init__(self, backbone: PolicyBackbone, role: str, source: str) -> None:
         self.backbone = backbone
         self.role = role
-        self.name = f"the {role} role"
+        self.name = f"the {role} role {source}"
 
     def score(self, prompts: list[list[Message]], trajectory: Trajectory) -> Tensor:
         """See :meth:`RewardSource.score`."""

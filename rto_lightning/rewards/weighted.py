@@ -1,6 +1,6 @@
 """Several sources of scores as one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,17 +55,16 @@ class WeightedScores(nn.Module):
         """Whether all scores can be normalised."""
         return all(self.normalizer(number).ready for number in range(len(self.sources)))
 
-    def statistics(self) -> list[list[float]]:
-        """Mean and standard deviation of each source; empty where scores are not normalised or not measured yet."""
-        normalizers = [self.normalizer(number) for number in range(len(self.sources))]
-        return [n.mean_std.tolist() for n in normalizers] if all(n.enabled for n in normalizers) and self.ready else []
+    def statistics(self) -> dict[str, list[float]]:
+        """Mean and standard deviation by the sources' names; empty where scores are not normalised."""
+        normalizers = {source.name: self.normalizer(number) for number, source in enumerate(self.sources)}
+        return {name: n.mean_std.tolist() for name, n in normalizers.items() if n.enabled and n.ready}
 
-    def restore(self, statistics: list[list[float]]) -> None:
-        """Take over what `statistics` returned in another run, for sources that have none; others' are ignored."""
-        if len(statistics) != len(self.sources):
-            return
-        for number, (mean, std) in enumerate(statistics):
-            if not self.normalizer(number).ready:
+    def restore(self, statistics: Mapping[str, Sequence[float]]) -> None:
+        """Take over what `statistics` returned in another run, for sources of the same name that have none."""
+        for number, source in enumerate(self.sources):
+            if source.name in statistics and not self.normalizer(number).ready:
+                mean, std = statistics[source.name]
                 self.normalizer(number).set(mean, std)
 
     def measure(self, scores: Tensor) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from rto_lightning.backbone import PolicyBackbone
-from rto_lightning.errors import check_settings
+from rto_lightning.errors import UserError, check_settings
 from rto_lightning.rollout.sampling import SeededSampling
 from rto_lightning.rollout.trajectory import Trajectory
 
@@ -28,6 +28,14 @@ class RolloutSettings:
         """Raise UserError for values that no run can use."""
         positive = ("max_new_tokens", "responses_per_prompt", "batch_size")
         check_settings("model.rollout", self, positive, not_negative=("temperature",))
+
+    def check_length(self, min_response_tokens: int) -> None:
+        """Raise UserError if no response can have as many tokens as `rewards.min_response_tokens` asks for."""
+        if min_response_tokens > self.max_new_tokens:
+            raise UserError(
+                f"rewards.min_response_tokens {min_response_tokens} is above rollout.max_new_tokens "
+                f"{self.max_new_tokens}, so that every response would pay; set it lower."
+            )
 
 
 class TransformersEngine:

@@ -32,16 +32,8 @@ def test_values_and_gradients_do_not_depend_on_the_chunk(chunk_tokens, temperatu
         torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
 
 
-def test_entropy_is_that_of_the_distribution():
-    hidden, layer, tokens = _problem()
-    _, entropy = gather_logprobs(hidden, layer, tokens, 0.7, chunk_tokens=4, with_entropy=True)
-    expected = torch.distributions.Categorical(logits=layer(hidden) / 0.7).entropy()
-    torch.testing.assert_close(entropy, expected.detach(), rtol=0, atol=1e-12)
-    assert not entropy.requires_grad
-
-
 @pytest.mark.parametrize("chunk_tokens", [4, 100])
-def test_entropy_has_a_gradient_when_asked(chunk_tokens):
+def test_entropy_is_that_of_the_distribution_and_has_its_gradient(chunk_tokens):
     hidden, layer, tokens = _problem()
     logits = layer(hidden) / 0.7
     expected = torch.distributions.Categorical(logits=logits).entropy()
@@ -49,21 +41,12 @@ def test_entropy_has_a_gradient_when_asked(chunk_tokens):
     weights = torch.linspace(-1, 1, N, dtype=torch.float64)
     expected_gradients = torch.autograd.grad(weights @ expected + expected_logprobs.sum(), [hidden, layer.weight])
 
-    logprobs, entropy = gather_logprobs(
-        hidden, layer, tokens, 0.7, chunk_tokens, with_entropy=True, entropy_gradient=True
-    )
+    logprobs, entropy = gather_logprobs(hidden, layer, tokens, 0.7, chunk_tokens, with_entropy=True)
     gradients = torch.autograd.grad(weights @ entropy + logprobs.sum(), [hidden, layer.weight])
 
     torch.testing.assert_close(entropy, expected, rtol=0, atol=1e-12)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
-
-
-def test_entropy_without_gradients_needs_none():
-    hidden, layer, tokens = _problem()
-    with torch.no_grad():
-        _, entropy = gather_logprobs(hidden, layer, tokens, with_entropy=True, entropy_gradient=True)
-    assert not entropy.requires_grad
 
 
 def test_logits_exist_for_one_chunk_at_a_time():

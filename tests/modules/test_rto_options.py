@@ -10,9 +10,11 @@ from rto_lightning.algorithms import GROUP_ESTIMATORS, masked_mean, masked_sum
 from rto_lightning.backbone import PolicyBackbone, RoleCard, Sequences
 from rto_lightning.errors import UserError
 from rto_lightning.modules.ppo_gradients import accumulate_policy_gradients, accumulate_value_gradients
-from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings, WeightedReward
+from rto_lightning.modules.ppo_update import ppo_update
+from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
+from rto_lightning.rewards import WeightedReward
 from rto_lightning.rollout import RolloutSettings, Trajectory
-from tests.models import randomize
+from tests.models import randomize, some_sequences
 from tests.modules import stages
 
 WITHOUT_CRITIC = ["reinforce++", "rloo", "grpo"]
@@ -82,8 +84,10 @@ def test_token_rewards_reach_the_advantages_of_every_estimator(tiny_model, roles
         assert spread[0] == pytest.approx(0, abs=1e-5)  # a score alone does not (KL is 0 at first)
 
 
-def test_responses_of_a_group_differ_and_stand_together(tiny_model, files):
-    module = stages.rto(tiny_model, rollout=RolloutSettings(max_new_tokens=6, responses_per_prompt=3))
+@pytest.mark.parametrize("sampled_at_a_time", [None, 5])
+def test_responses_of_a_group_differ_and_stand_together(tiny_model, files, sampled_at_a_time):
+    rollout = RolloutSettings(max_new_tokens=6, responses_per_prompt=3, batch_size=sampled_at_a_time)
+    module = stages.rto(tiny_model, rollout=rollout)
     batch = stages.one_batch(module, files).repeated(3)
     sequences = module.rollout(batch, 0).sequences
     prompts = sequences.input_ids[:, : sequences.prompt_width].unflatten(0, (4, 3))
@@ -219,7 +223,7 @@ def test_entropy_bonus_adds_the_gradient_of_the_entropy(scored_float64):
     with_bonus, _ = policy_gradient(module, experience, entropy_coefficient=0.25)
     module.zero_grad()
     sequences = experience.trajectory.sequences
-    _, entropy = module.backbone.token_logprobs("policy", sequences, with_entropy=True, entropy_gradient=True)
+    _, entropy = module.backbone.token_logprobs("policy", sequences, with_entropy=True)
     masked_mean(entropy, experience.mask, dim=1).mean().backward()
     gradients = [p.grad for p in module.backbone.trained_parameters("policy")]
     expected = torch.cat([g.flatten() for g in gradients if g is not None])
@@ -268,16 +272,51 @@ def test_value_clipping_stops_values_that_moved_too_far(scored_float64):
     assert losses[0.2] == pytest.approx(0.5 * 1.3**2)
 
 
+class CountingOptimizer:
+    """Stands for Lightning's wrapper, whose steps count as iterations."""
+
+    def __init__(self, parameters):
+        self.optimizer, self.steps = torch.optim.SGD(parameters, lr=0.1), 0
+
+    def step(self):
+        self.steps += 1
+        self.optimizer.step()
+
+    def zero_grad(self, set_to_none):
+        self.optimizer.zero_grad(set_to_none)
+
+
 @pytest.mark.parametrize("estimator", ["gae", "reinforce++"])
-def test_kl_stop_ends_the_policys_updates_of_an_iteration(tiny_model, files, tmp_path, estimator):
-    ppo = {"estimator": estimator, "epochs": 3, "minibatch_size": 2, "microbatch_size": 2}
-    free = recorded_fit(stages.rto(tiny_model, ppo=PPOSettings(**ppo)), files, tmp_path / "free")
-    assert [metrics["train/policy/optimizer_steps"] for metrics in free] == [6, 6]
-    module = stages.rto(tiny_model, ppo=PPOSettings(**ppo, kl_stop=1e-9))
-    stopped = recorded_fit(module, files, tmp_path / "stopped")
-    assert module.trainer.global_step == 2
-    # The ratio is 1 at the first minibatch, up to rounding, and no longer after its step.
-    assert all(metrics["train/policy/optimizer_steps"] <= 1 for metrics in stopped)
+def test_kl_stop_ends_the_policys_updates_and_the_critic_goes_on(tiny_model, files, estimator):
+    """The ratio is 1 at the first minibatch, and no longer after its step."""
+    weights, counted, metrics = {}, {}, {}
+    for name, kl_stop, minibatches in (("stopped", 1e-9, 3), ("first", None, 1), ("whole", None, 3)):
+        torch.manual_seed(0)
+        ppo = PPOSettings(estimator=estimator, kl_stop=kl_stop)
+        module = stages.rto(tiny_model, backbone=FLOAT64, ppo=ppo, seed=1)
+        experience = scored(module, files)
+        optimizers = {
+            role: CountingOptimizer(module.backbone.trained_parameters(role))
+            for role in ("policy", "critic")
+            if role in module.backbone.roles
+        }
+        rows = [torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([0, 3])][:minibatches]
+        metrics[name] = ppo_update(
+            module.backbone, experience, rows, ppo, 1.0, lambda loss: loss.backward(),
+            optimizers["policy"], optimizers.get("critic"),
+        )  # fmt: skip
+        weights[name] = {role: module.backbone.trained_parameters(role) for role in optimizers}
+        counted[name] = sum(optimizer.steps for optimizer in optimizers.values())
+    assert counted == {"stopped": 1, "first": 1, "whole": 1}
+    assert [metrics[name]["policy/optimizer_steps"].item() for name in metrics] == [1, 1, 3]
+
+    def equal(role, one, other):
+        return all(torch.equal(a, b) for a, b in zip(weights[one][role], weights[other][role], strict=True))
+
+    assert equal("policy", "stopped", "first") and not equal("policy", "stopped", "whole")
+    assert all(weight.grad is None for weight in weights["stopped"]["policy"])
+    if estimator == "gae":
+        assert equal("critic", "stopped", "whole") and not equal("critic", "stopped", "first")
 
 
 # Scores -------------------------------------------------------------------------------------------------------
@@ -289,6 +328,7 @@ def test_short_responses_pay(tiny_model, files):
     batch = stages.one_batch(module, files)
     experience = module.score(module.rollout(batch, 2), batch.messages)
     short = experience.trajectory.sequences.response_lengths < 6
+    assert 0 < short.sum() < len(short)
     assert torch.equal(experience.terms.score.sum(1), -2.0 * short.float())
 
 
@@ -301,7 +341,7 @@ def test_sources_are_normalised_weighted_and_added(tiny_model, roles, files, tmp
     experience = scored(module, files)
     assert experience.scores.shape == (4, 3)
     torch.testing.assert_close(experience.scores[:, 0], experience.scores[:, 2])
-    statistics = torch.tensor(module.scores.statistics())
+    statistics = torch.tensor([module.scores.normalizer(number).mean_std.tolist() for number in range(3)])
     card = RoleCard.read(Path(roles["adapters", "reward"]))
     assert statistics[0].tolist() == statistics[2].tolist() == pytest.approx([card.score_mean, card.score_std])
     normalized = (experience.scores - statistics[:, 0]) / statistics[:, 1]
@@ -309,6 +349,64 @@ def test_sources_are_normalised_weighted_and_added(tiny_model, roles, files, tmp
     torch.testing.assert_close(experience.terms.score.sum(1), expected, rtol=1e-4, atol=1e-4)
     metrics = recorded_fit(module, files, tmp_path, steps=1)[0]
     assert {"train/score", "train/score_2", "train/score_3"} <= set(metrics)
+
+
+def test_statistics_go_to_sources_of_the_same_name_only(tiny_model, files, tmp_path):
+    more = [WeightedReward(reward_function="tests.modules.test_rto_options:count_letters")]
+    module = stages.fit(stages.rto(tiny_model, more_rewards=more), stages.prompts(files), tmp_path, steps=1)
+    module.save_role(tmp_path / "role")
+    options = {"trained": str(tmp_path / "role"), "reward_function": more[0].reward_function}
+    again = stages.rto(tiny_model, **options)
+    again.configure_model()
+    assert torch.equal(again.scores.normalizer().mean_std, module.scores.normalizer(1).mean_std)
+    other = stages.rto(tiny_model, **{**options, "reward_function": "tests.modules.test_rto_options:count_words"})
+    other.configure_model()
+    assert not other.scores.ready
+
+
+def count_letters(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+def count_words(prompts, responses):
+    return [float(len(response.split())) for response in responses]
+
+
+def test_statistics_come_from_the_checkpoint(tiny_model, files, tmp_path):
+    module = stages.rto(tiny_model)
+    module.configure_model()
+    module.scores.normalizer().set(7.0, 3.0)
+    stages.fit(module, stages.prompts(files), tmp_path, 1, enable_checkpointing=True, callbacks=[
+        ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    ])  # fmt: skip
+    resumed = stages.rto(tiny_model)
+    stages.trainer(tmp_path, 2).fit(resumed, stages.prompts(files), ckpt_path=tmp_path / "step=1.ckpt")
+    assert resumed.scores.normalizer().mean_std.tolist() == [7.0, 3.0]
+
+
+@pytest.mark.parametrize("init", ["reward", "folder"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_critic_starts_in_units_of_the_reward(tiny_model, roles, init, normalize):
+    folder = roles["adapters", "reward"]
+    options = {} if init == "reward" else {"reward": None, "reward_function": "tests.modules.stages:count_exclamations"}
+    module = stages.full_rto(
+        tiny_model, roles, backbone=FLOAT64, critic=CriticSettings(init="reward" if init == "reward" else folder),
+        rewards=RewardSettings(beta_3=0.1, normalize_score=normalize), **options,
+    )  # fmt: skip
+    module.configure_model()
+    if init == "folder" and normalize:
+        module.scores.normalizer().set(-100.0, 50.0)  # the function's are not the role's
+    sequences = some_sequences()
+    plain = PolicyBackbone(module.settings, module.chat)
+    plain.add_role("reward", folder, scalar_head=True)
+    with torch.no_grad():
+        scores, values = (
+            plain.sequence_scores("reward", sequences),
+            module.backbone.sequence_scores("critic", sequences),
+        )
+    card = RoleCard.read(Path(folder))
+    mean, std = (card.score_mean, card.score_std) if normalize else (0.0, 1.0)
+    torch.testing.assert_close(values, 0.1 * (scores - mean) / std, rtol=1e-5, atol=1e-6)
 
 
 def test_a_source_needs_one_name():
@@ -367,11 +465,29 @@ def test_moving_average_is_what_is_validated_and_goes_on_from_a_checkpoint(tiny_
     for role in ("policy", "policy_average"):
         pairs = zip(whole.backbone.trained_parameters(role), resumed.backbone.trained_parameters(role), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), role
-    batch = stages.one_batch(resumed, files)
-    role = resumed.saved_role
-    trajectory = resumed.rollout(batch, -1, role)
-    averaged, last = (resumed.reward(trajectory, batch.messages, r).logprobs for r in (role, "policy"))
-    assert role == "policy_average" and not torch.equal(averaged, last)
+    data = stages.prompts(files)
+    [averaged] = stages.trainer(tmp_path, 0).validate(resumed, data, verbose=False)
+    fresh = stages.rto(tiny_model, seed=1, ema_decay=0.5)
+    checkpoint = tmp_path / "average.ckpt"
+    resumed.trainer.save_checkpoint(checkpoint)
+    [again] = stages.trainer(tmp_path, 0).validate(fresh, data, ckpt_path=checkpoint, verbose=False)
+    answers = stages.trainer(tmp_path, 0).predict(resumed, data)
+    resumed.save_role(tmp_path / "role")
+    saved = stages.rto(tiny_model, seed=1, trained=str(tmp_path / "role"))
+    [of_role] = stages.trainer(tmp_path, 0).validate(saved, data, verbose=False)
+    assert averaged == again == of_role
+    assert answers == stages.trainer(tmp_path, 0).predict(saved, data)
+    plain = stages.rto(tiny_model, seed=1)
+    [last] = stages.trainer(tmp_path, 0).validate(plain, data, ckpt_path=checkpoint, verbose=False)
+    assert last != averaged
+    with pytest.raises(UserError, match="holds no moving average"):
+        resumed = stages.rto(tiny_model, seed=1, ema_decay=0.5)
+        stages.fit(plain, data, tmp_path, 1, enable_checkpointing=True, callbacks=[checkpoints_every_step(tmp_path)])
+        stages.trainer(tmp_path, 2).fit(resumed, data, ckpt_path=tmp_path / "plain-step=1.ckpt")
+
+
+def checkpoints_every_step(folder):
+    return ModelCheckpoint(folder, filename="plain-{step}", every_n_train_steps=1, save_top_k=-1)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
@@ -381,8 +497,12 @@ def test_a_decay_out_of_range_is_refused(tiny_model, decay):
 
 
 def test_held_out_prompts_need_no_critic(tiny_model, roles, files, tmp_path):
-    module = stages.full_rto(tiny_model, roles)
+    module = stages.full_rto(tiny_model, roles, rollout=RolloutSettings(max_new_tokens=6, responses_per_prompt=4))
     [metrics] = stages.trainer(tmp_path, 0).test(module, stages.prompts(files), verbose=False)
+    single = stages.full_rto(tiny_model, roles)
+    assert [metrics] == stages.trainer(tmp_path, 0).test(
+        single, stages.prompts(files), verbose=False
+    )  # one answer each
     assert set(module.backbone.roles) == {"reference", "policy", "dpo", "reward"}
     assert not any("value" in name for name in metrics)
 
@@ -403,7 +523,11 @@ def test_one_module_predicts_then_tests_then_trains(tiny_model, roles, files, tm
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PPOSettings(dual_clip=1.0), "dual_clip is 1.0; set it above 1"),
+        (lambda: PPOSettings(dual_clip=1.1), r"dual_clip 1\.1 would cut ratios that clip_range 0\.2 allows"),
+        (lambda: PPOSettings(kl_stop=float("nan")), "kl_stop is nan; set it above 0"),
+        (lambda: PPOSettings(gamma=1.5), r"gamma is 1\.5; set it between 0 and 1"),
+        (lambda: CriticSettings(warmup_iterations=-1), "warmup_iterations is -1; set it to 0 or more"),
+        (lambda: RewardSettings(beta_2=0.0, kl_target=3.0), "set beta_2 above 0"),
         (lambda: PPOSettings(kl_stop=0.0), "kl_stop is 0.0; set it above 0"),
         (lambda: PPOSettings(entropy_coefficient=-1.0), "entropy_coefficient is -1.0; set it to 0 or more"),
         (lambda: RewardSettings(short_penalty=1.0), "set both or none"),
@@ -413,3 +537,20 @@ def test_one_module_predicts_then_tests_then_trains(tiny_model, roles, files, tm
 def test_options_out_of_range_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"rewards": RewardSettings(beta_1=0.0, granularity="delayed")},
+            "moves token rewards, of which beta_1 0 leaves",
+        ),
+        ({"critic": CriticSettings(warmup_iterations=2), "ppo": PPOSettings(estimator="reinforce++")}, "has none"),
+        ({"rewards": RewardSettings(beta_1=0.0, min_response_tokens=9, short_penalty=1.0)}, "is above rollout"),
+        ({"rewards": RewardSettings(beta_1=0.0, beta_3=0.0), "more_rewards": [WeightedReward("x")]}, "beta_3 0 leaves"),
+    ],
+)
+def test_options_that_do_nothing_together_are_refused(tiny_model, options, message):
+    with pytest.raises(UserError, match=message):
+        stages.rto(tiny_model, **options)

@@ -75,7 +75,7 @@ def test_source_is_chosen_by_what_the_folder_holds(tiny_model, tmp_path):
     backbone.add_role("policy", trainable=True, scalar_head=True)
     backbone.save_role("policy", tmp_path / "role", backbone.card("policy", "reward", {}))
     outside = write_tiny_classifier(tmp_path / "rm")
-    assert make_reward_source(backbone, str(tmp_path / "role"), None).name == "the reward role"
+    assert make_reward_source(backbone, str(tmp_path / "role"), None).name == f"the reward role {tmp_path / 'role'}"
     assert "reward" in backbone.roles
     assert make_reward_source(backbone, str(outside), None).name == str(outside)
     assert make_reward_source(backbone, None, f"{__name__}:count_letters").name.endswith("count_letters")
