@@ -1,23 +1,29 @@
 """The whole quickstart, as a user runs it: what it claims must hold, and a second call must find nothing to do."""
 
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from rto_lightning.cli.pipeline_settings import load_pipeline
+from rto_lightning.quickstart.curves import read_curve
 from tests.quickstart.report_table import read_table
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/quickstart/pipeline.yaml"
+METHODS = ROOT / "configs/quickstart/methods.yaml"
+METHODS_OF_ITERATIONS = 11
 
 
-def run_pipeline(output: Path, working_directory: Path) -> str:
+def run_pipeline(output: Path, working_directory: Path, config: Path = CONFIG, changes: Sequence[str] = ()) -> str:
     """Runs the command in a process of its own and returns what it printed."""
+    command = ["pipeline", "--config", str(config), "--output_dir", str(output)]
     result = subprocess.run(
-        [sys.executable, "-m", "rto_lightning", "pipeline", "--config", str(CONFIG), "--output_dir", str(output)],
+        [sys.executable, "-m", "rto_lightning", *command, *(["--set", *changes] if changes else [])],
         cwd=working_directory,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -61,6 +67,31 @@ def test_the_quickstart_keeps_its_promise_and_is_done_once(tmp_path: Path) -> No
         assert f"[{number}/{len(stages)}] {stage}: done before (" in printed
     assert "done now" not in printed
     assert contents(output) == before
+
+
+@pytest.mark.slow
+def test_one_command_trains_and_compares_every_method(tmp_path: Path) -> None:
+    """With a model that has just learned to use words, and few steps of each method."""
+    settings = load_pipeline(METHODS)
+    steps = {"sft.yaml": 150, "dpo.yaml": 3, "reward_model.yaml": 3, "rto.yaml": 2}
+    changes = [f"{stage.name}.trainer.max_steps={steps[stage.fit]}" for stage in settings.stages if stage.fit]
+    changes += ["world.train_reviews=4800", "world.validation_reviews=32", "world.test_prompts=8"]
+    changes += ["preferences.pairs=96", "preferences.validation_pairs=32", "compare.answers_per_prompt=2"]
+    printed = run_pipeline(tmp_path / "out", tmp_path, METHODS, changes)
+    report = (tmp_path / "out/compare/report.md").read_text(encoding="utf-8")
+    assert report in printed
+    assert (tmp_path / "out/compare/learning_curves.png").is_file()
+
+    table = read_table(report)
+    assert list(table) == ["SFT", *settings.stages[-1].arguments["policies"]]
+    assert len(table) == 1 + sum(stage.fit in ("dpo.yaml", "rto.yaml") for stage in settings.stages)
+    numbers = [number for row in table.values() for number in (*row.gold, *row.kl, *row.length)]
+    assert all(math.isfinite(number) for number in numbers)
+    moved = {(row.gold, row.kl, row.length) for row in table.values()}
+    assert len(moved) == len(table), "two methods ended as the same policy"
+    curves = {stage.name: read_curve(str(tmp_path / "out" / stage.name)) for stage in settings.stages}
+    lengths = [len(curve) for curve in curves.values() if curve]
+    assert lengths == [2] * METHODS_OF_ITERATIONS
 
 
 REPORT = """\

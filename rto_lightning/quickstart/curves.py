@@ -7,22 +7,7 @@ import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-
-@dataclass(frozen=True)
-class CurveKeys:
-    """Names of the quantities in the records of a learning curve."""
-
-    iteration: str = "iteration"
-    """PPO iterations done."""
-    gold: str = "gold"
-    """Mean gold reward of the iteration's responses."""
-    score: str = "score"
-    """Mean score of the reward model."""
-    kl: str = "kl"
-    """Mean KL divergence to the reference, in nats a response."""
 
 
 def read_curve(folder: str) -> list[dict[str, float]]:
@@ -48,7 +33,6 @@ def read_curve(folder: str) -> list[dict[str, float]]:
 
 def over_optimization(
     curve: Sequence[Mapping[str, float]],
-    keys: CurveKeys | None = None,
     window: int = 5,
     tolerance: float = 0.1,
 ) -> str | None:
@@ -60,24 +44,22 @@ def over_optimization(
 
     Args:
         curve: records with the iteration, the gold reward and the score.
-        keys: the records' names for them.
         window: iterations in the moving average.
         tolerance: fraction of the gain that may be lost again.
     """
-    keys = keys or CurveKeys()
-    points = [record for record in curve if _finite(record, keys.gold) and _finite(record, keys.score)]
+    points = [record for record in curve if _finite(record, "gold") and _finite(record, "score")]
     if len(points) < 2 * window:
         return None
-    gold = _moving_average([point[keys.gold] for point in points], window)
-    score = _moving_average([point[keys.score] for point in points], window)
+    gold = _moving_average([point["gold"] for point in points], window)
+    score = _moving_average([point["score"] for point in points], window)
     # Four standard errors of an average: the peak is the best of many, and so partly luck.
-    gold_noise = 4.0 * _noise([point[keys.gold] for point in points]) / math.sqrt(window)
-    score_noise = 4.0 * _noise([point[keys.score] for point in points]) / math.sqrt(window)
+    gold_noise = 4.0 * _noise([point["gold"] for point in points]) / math.sqrt(window)
+    score_noise = 4.0 * _noise([point["score"] for point in points]) / math.sqrt(window)
     peak = max(range(len(gold)), key=gold.__getitem__)
     lost, won = gold[peak] - gold[-1], score[-1] - score[peak]
     if lost <= max(tolerance * (gold[peak] - gold[0]), gold_noise) or won <= score_noise:
         return None
-    iteration = points[min(peak + window // 2, len(points) - 1)][keys.iteration]
+    iteration = points[min(peak + window // 2, len(points) - 1)]["iteration"]
     return (
         f"over-optimization: since iteration {iteration:.0f} the reward model's score rose from "
         f"{score[peak]:.2f} to {score[-1]:.2f} while the gold reward fell from {gold[peak]:.2f} to {gold[-1]:.2f}"
@@ -110,35 +92,36 @@ def plot_learning_curves(
     path: str | Path,
     curves: Mapping[str, Sequence[Mapping[str, float]]],
     gold_levels: Mapping[str, float] | None = None,
-    keys: CurveKeys | None = None,
 ) -> None:
     """Draw gold reward, reward-model score and KL against iterations, one line a run, and write a PNG.
+
+    More than four runs are drawn as moving averages over five iterations, since their noise would hide one another.
 
     Args:
         path: file to write, over an old one.
         curves: for each run its records; a record may lack a quantity or hold nan for it.
         gold_levels: horizontal lines in the gold panel, such as the SFT and the DPO policy.
-        keys: the records' names for the quantities.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    keys = keys or CurveKeys()
     # Without pyplot no window system is needed, and no figure of the caller's is touched.
-    figure = Figure(figsize=(11.0, 3.6), dpi=130, layout="constrained")
+    many = len(curves) > 4
+    figure = Figure(figsize=(11.0, 4.6 if many else 3.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = (
-        (keys.gold, "gold reward", "gold reward (mean a response)"),
-        (keys.score, "reward-model score", "score (mean a response, r.m. units)"),
-        (keys.kl, "distance from the reference", "KL (nats a response)"),
+        ("gold", "gold reward", "gold reward (mean a response)"),
+        ("score", "reward-model score", "score (mean a response, r.m. units)"),
+        ("kl", "distance from the reference", "KL (nats a response)"),
     )
     axes = figure.subplots(1, len(panels))
     for axis, (key, title, label) in zip(axes, panels, strict=True):
         for number, (name, curve) in enumerate(curves.items()):
             points = [record for record in curve if _finite(record, key)]
+            window = min(5, max(1, len(points))) if many else 1
             axis.plot(
-                [point[keys.iteration] for point in points],
-                [point[key] for point in points],
+                _moving_average([point["iteration"] for point in points], window),
+                _moving_average([point[key] for point in points], window),
                 label=name,
                 color=_COLOURS[number % len(_COLOURS)],
                 linestyle=_DASHES[number % len(_DASHES)],
@@ -166,10 +149,10 @@ def plot_learning_curves(
             color="0.35",
         )
     axes[-1].set_ylim(bottom=min(0.0, axes[-1].get_ylim()[0]))
-    if len(curves) <= 4:
-        axes[1].legend(frameon=False, loc="lower right")  # where rising curves leave room
-    else:
+    if many:
         handles, names = axes[1].get_legend_handles_labels()
         figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=6)
+    else:
+        axes[1].legend(frameon=False, loc="lower right")  # where rising curves leave room
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -11,7 +11,7 @@ from rto_lightning.quickstart.gold import GoldName, gold_reward
 from rto_lightning.quickstart.grammar import Message
 from rto_lightning.quickstart.jsonl import write_jsonl
 
-Sampler = Callable[[list[list[Message]]], list[str]]
+SampleAnswers = Callable[[list[list[Message]]], list[str]]
 """Takes B prompts and returns B responses, without their stop tokens."""
 
 
@@ -59,7 +59,7 @@ def label_pair(
 
 def sample_preferences(
     prompts: Sequence[list[Message]],
-    sample: Sampler,
+    sample: SampleAnswers,
     pairs: int,
     seed: int = 1,
     temperature: float = 1.0,
@@ -73,7 +73,7 @@ def sample_preferences(
 
     Args:
         prompts: prompts to draw from.
-        sample: draws one answer for each of a list of prompts; see `Sampler`.
+        sample: draws one answer for each of a list of prompts; see `SampleAnswers`.
         pairs: how many pairs to yield.
         seed: seed of the order of prompts and of the judge.
         temperature: see `preference_probability`.

@@ -173,7 +173,7 @@ def _compare(
         policy_table(rows, BASELINE),
     ]
     if curves:
-        levels = {row.name: row.gold.mean for row in rows if row.name in (BASELINE, "DPO")}
+        levels = {row.name: row.gold.mean for row in rows if row.name.upper() in (BASELINE, "DPO")}
         plot_learning_curves(output_dir / CURVES, curves, levels)
         warnings = [f"- {name}: {text}" for name, curve in curves.items() if (text := over_optimization(curve))]
         paragraphs.append("\n".join(warnings) or "No over-optimization: no policy won score while it lost gold reward.")
