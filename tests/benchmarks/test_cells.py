@@ -40,7 +40,8 @@ def test_all_methods_sample_equally_many_responses(method: Any, tmp_path: Path) 
         assert options["trainer.max_steps"] == "40" and options["seed_everything"] == "5"
         assert json.loads(options["trainer.callbacks"])[0]["init_args"] == {"gold": "requirement"}
         lr = "init_args.lr"
-        assert options[f"model.policy_optimizer.{lr}"] == options[f"model.critic_optimizer.{lr}"] == "0.0003"
+        rates = [float(options[f"model.{role}_optimizer.{lr}"]) for role in ("policy", "critic")]
+        assert rates == [FULL.shared[0]["lr"]] * 2
         # Only methods with token rewards load the DPO role.
         assert ("model.dpo" in options) == (float(options["model.rewards.beta_1"]) != 0)
 

@@ -68,8 +68,8 @@ def test_the_whole_protocol_comes_to_its_announced_size() -> None:
     for stage in stages(FULL, records):
         assert len(stage.cells) == stage.size
         assert all(cell.name in records for cell in stage.cells)
-    # Shared: PPO's first configuration of stage B is in A, two configurations of the sweep are in B.
-    assert len(records) == sum(stage.size for stage in stages(FULL, records)) - 2 * 3 - 2 * 3
+    # Shared: PPO's first configuration of stage B is in A, three configurations of the sweep are in B.
+    assert len(records) == sum(stage.size for stage in stages(FULL, records)) - 2 * 3 - 3 * 3
 
 
 def test_choices_follow_the_mean_over_seeds() -> None:
@@ -100,7 +100,7 @@ def test_a_configuration_that_fails_once_is_not_chosen() -> None:
         return record(0.0)
 
     records = run_all(FULL, gold_of)
-    assert choose_shared(FULL, "requirement", records) == {"lr": 3e-4, "beta_2": 0.2}
+    assert choose_shared(FULL, "requirement", records) == {"lr": 1e-4, "beta_2": 0.2}
 
 
 def test_nothing_is_chosen_where_everything_failed() -> None:

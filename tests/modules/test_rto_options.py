@@ -326,10 +326,13 @@ def test_short_responses_pay(tiny_model, files):
     rewards = RewardSettings(beta_1=0.0, beta_3=0.0, min_response_tokens=6, short_penalty=2.0)
     module = stages.rto(tiny_model, rewards=rewards, reward_function=None)
     batch = stages.one_batch(module, files)
-    experience = module.score(module.rollout(batch, 2), batch.messages)
-    short = experience.trajectory.sequences.response_lengths < 6
-    assert 0 < short.sum() < len(short)
-    assert torch.equal(experience.terms.score.sum(1), -2.0 * short.float())
+    sequences = module.rollout(batch, 0).sequences
+    mask = torch.arange(6) < torch.tensor([1, 6, 5, 6])[:, None]
+    responses = torch.nn.functional.pad(sequences.input_ids, (0, 6 - sequences.response_width), value=70)
+    attention = torch.cat([sequences.attention_mask[:, : sequences.prompt_width], mask.long()], dim=1)
+    trajectory = Trajectory(Sequences(responses, attention, mask), torch.zeros(4, dtype=torch.bool))
+    terms = module.score(trajectory, batch.messages).terms
+    assert terms.score.sum(1).tolist() == [-2.0, 0.0, -2.0, 0.0]
 
 
 def test_sources_are_normalised_weighted_and_added(tiny_model, roles, files, tmp_path):
