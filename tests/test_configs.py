@@ -190,6 +190,41 @@ def test_a_stage_trains_one_step(path: Path, inputs: dict[str, str], tmp_path: P
     assert moved and all(moved)
 
 
+OPTIONS = {
+    "model": {
+        "more_rewards": [
+            {"reward": "{reward}", "weight": 0.5},
+            {"reward_function": "tests.modules.stages:count_exclamations"},
+        ],
+        "ema_decay": 0.9,
+        "rollout": {"responses_per_prompt": 2},
+        "rewards": {
+            "granularity": "sentence", "kl_target": 3.0, "truncation_penalty": 1.0, "min_response_tokens": 4,
+            "short_penalty": 1.0,
+        },
+        "ppo": {
+            "estimator": "rloo", "whiten_advantages": True, "dual_clip": 3.0, "entropy_coefficient": 0.01,
+            "kl_stop": 0.1,
+        },
+    }
+}  # fmt: skip
+"""What the README lists as options of RTO."""
+
+
+def test_every_option_is_taken_from_yaml(inputs: dict[str, str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = yaml.safe_dump(OPTIONS).replace("{reward}", inputs["llama-full-reward"])
+    (tmp_path / "options.yaml").write_text(text, encoding="utf-8")
+    path = ROOT / "configs/quickstart/rto.yaml"
+    contents = [yaml.safe_load(path.read_text(encoding="utf-8"))]
+    changes = overrides(path, contents, inputs, tmp_path / "out")
+    command = ["fit", "--config", str(path), "--config", "options.yaml"]
+    assert main([*command, *(f"--{key}={value}" for key, value in changes.items())]) == 0
+    [training] = logged(tmp_path / "out")
+    assert {"train/score", "train/score_2", "train/score_3", "train/policy/optimizer_steps"} <= set(training)
+    assert not any(name.startswith("train/value") for name in training)
+
+
 def movements(role: Path, base: Path) -> list[bool]:
     """Whether the weights that can move in a first step did."""
     if (role / "head.safetensors").exists():  # of zeros at first, so that what is below it gets no gradient
