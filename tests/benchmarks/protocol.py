@@ -86,7 +86,7 @@ PREFERENCE_TITLES = {
 }
 """Direct preference learning: stages of configs/quickstart/methods.yaml, one configuration each."""
 
-SWEEP = grid(beta_1=(0.05, 0.1, 0.3), token_reward_clip=(0.05, 0.1, 0.3, 0.0))
+SWEEP = grid(beta_1=(0.1, 0.3, 1.0), token_reward_clip=(0.1, 0.3, 1.0, 0.0))
 """Stage D; a clip of 0 is off."""
 
 

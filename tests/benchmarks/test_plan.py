@@ -68,8 +68,8 @@ def test_the_whole_protocol_comes_to_its_announced_size() -> None:
     for stage in stages(FULL, records):
         assert len(stage.cells) == stage.size
         assert all(cell.name in records for cell in stage.cells)
-    # Shared: PPO's first configuration of stage B is in A, three configurations of the sweep are in B.
-    assert len(records) == sum(stage.size for stage in stages(FULL, records)) - 2 * 3 - 3 * 3
+    # Shared: PPO's first configuration of stage B is in A, two configurations of the sweep are in B.
+    assert len(records) == sum(stage.size for stage in stages(FULL, records)) - 2 * 3 - 2 * 3
 
 
 def test_choices_follow_the_mean_over_seeds() -> None:
