@@ -13,6 +13,7 @@ from tests.benchmarks.tables import GOLDS
 STYLES: dict[str, dict[str, Any]] = {
     "ppo": {"color": "#000000", "linestyle": "--"},
     "rto": {"color": "#D55E00"},
+    "rto_at_kl": {"color": "#D55E00", "linestyle": ":"},
     "semi_rto": {"color": "#E69F00"},
     "ddpo": {"color": "#56B4E9"},
     "rs_ppo": {"color": "#0072B2"},

@@ -101,7 +101,27 @@ def choose_configuration(protocol: Protocol, gold: GoldName, method: Method, rec
     if shared is None:
         return None
     candidates = [configuration_cells(protocol, gold, method, shared, row) for row in method.tried]
-    return _best([cells[0].settings for cells in candidates], candidates, records)
+    choices = [cells[0].settings for cells in candidates]
+    if method.nearest_kl_of is None:
+        return _best(choices, candidates, records)
+    baseline = next(method for method in protocol.methods if method.name == BASELINE)
+    chosen = choose_configuration(protocol, gold, baseline, records)
+    if chosen is None or any(cell.name not in records for row in candidates for cell in row):
+        return None
+    level = _mean_kl(
+        [Cell(gold, seed, BASELINE, chosen, protocol.iterations) for seed in protocol.tuning_seeds], records
+    )
+    distances = [abs(_mean_kl(cells, records) - level) for cells in candidates]
+    nearest = min(range(len(distances)), key=distances.__getitem__)
+    return choices[nearest] if math.isfinite(distances[nearest]) else None
+
+
+def _mean_kl(cells: Sequence[Cell], records: Records) -> float:
+    """KL on validation prompts, mean over the cells; infinite if one of them failed or diverged."""
+    done = [records[cell.name] for cell in cells]
+    if any(selection_score(record) == -math.inf for record in done):
+        return math.inf
+    return sum(float(record["validation"]["kl"]) for record in done) / len(done)
 
 
 def selection_score(record: Mapping[str, Any]) -> float:
@@ -131,12 +151,12 @@ def configuration_cells(
 ) -> list[Cell]:
     """The cells of one configuration, one for each tuning seed."""
     settings = {**method.fixed, **shared, **row}
-    return [Cell(gold, seed, method.name, settings, protocol.iterations) for seed in protocol.tuning_seeds]
+    return [Cell(gold, seed, method.runs_of, settings, protocol.iterations) for seed in protocol.tuning_seeds]
 
 
 def chosen_cells(protocol: Protocol, gold: GoldName, method: Method, settings: Settings) -> list[Cell]:
     """The cells of stage C of a method that learns online."""
-    return [Cell(gold, seed, method.name, settings, protocol.iterations) for seed in protocol.fresh_seeds]
+    return [Cell(gold, seed, method.runs_of, settings, protocol.iterations) for seed in protocol.fresh_seeds]
 
 
 def preference_cells(protocol: Protocol, gold: GoldName, method: Method) -> list[Cell]:

@@ -38,6 +38,14 @@ class Method:
     """What makes it this method."""
     tried: tuple[Settings, ...] = ({},)
     """Configurations of its own, of which stage B chooses one."""
+    nearest_kl_of: str | None = None
+    """Take the runs of the method of this name, and choose the configuration whose KL is nearest to the baseline's
+    instead of the one with the highest gold reward."""
+
+    @property
+    def runs_of(self) -> str:
+        """The method in the names of its cells."""
+        return self.nearest_kl_of or self.name
 
 
 _TOKEN_REWARDS = tuple(
@@ -48,6 +56,7 @@ _GROUPS = grid(responses_per_prompt=(4, 8))
 METHODS = (
     Method("ppo", "PPO", {"beta_1": 0.0}, grid(lam=(0.95, 1.0), clip_range=(0.2, 0.4))),
     Method("rto", "RTO", {"granularity": "token"}, _TOKEN_REWARDS),
+    Method("rto_at_kl", "RTO at PPO's KL", {"granularity": "token"}, _TOKEN_REWARDS, nearest_kl_of="rto"),
     Method("semi_rto", "Semi-RTO", {"granularity": "sentence"}, _TOKEN_REWARDS),
     Method("ddpo", "DDPO", {"granularity": "delayed"}, _TOKEN_REWARDS),
     Method("rs_ppo", "RS-PPO", {"granularity": "shaping"}, _TOKEN_REWARDS),

@@ -6,9 +6,9 @@ from tests.benchmarks.plan import Cell, choose_configuration, choose_shared, sta
 from tests.benchmarks.protocol import FULL, METHODS, Protocol, grid
 
 
-def record(gold: float, **more: Any) -> dict[str, Any]:
-    """A finished cell with a gold reward on validation prompts."""
-    return {"validation": {"gold": gold}, "error": None, "diverged": False, **more}
+def record(gold: float, kl: float = 2.0, **more: Any) -> dict[str, Any]:
+    """A finished cell with gold reward and KL on validation prompts."""
+    return {"validation": {"gold": gold, "kl": kl}, "error": None, "diverged": False, **more}
 
 
 def run_all(protocol: Protocol, gold_of: Any) -> dict[str, dict[str, Any]]:
@@ -68,8 +68,25 @@ def test_the_whole_protocol_comes_to_its_announced_size() -> None:
     for stage in stages(FULL, records):
         assert len(stage.cells) == stage.size
         assert all(cell.name in records for cell in stage.cells)
-    # Shared: PPO's first configuration of stage B is in A, two configurations of the sweep are in B.
-    assert len(records) == sum(stage.size for stage in stages(FULL, records)) - 2 * 3 - 2 * 3
+    # Shared: PPO's first configuration of stage B is in A, two configurations of the sweep are in B, and RTO at PPO's
+    # KL has RTO's cells in B, and in C where both choose the same configuration.
+    assert len(records) == sum(stage.size for stage in stages(FULL, records)) - 2 * 3 - 2 * 3 - 2 * (12 + 5)
+
+
+def test_the_configuration_of_nearest_kl_is_chosen_whatever_its_gold_reward() -> None:
+    kls = {0.05: 1.0, 0.1: 2.5, 0.2: 3.0, 0.3: 9.0}
+
+    def result_of(cell: Cell) -> dict[str, Any]:
+        beta_1 = cell.settings.get("beta_1", 0.0)
+        return record(beta_1, kl=kls.get(beta_1, 2.2 + 0.1 * (cell.seed - 1)))
+
+    records = run_all(FULL, result_of)
+    chosen = {
+        method.name: (choose_configuration(FULL, "sum", method, records) or {})["beta_1"]
+        for method in METHODS
+        if method.runs_of == "rto"
+    }
+    assert chosen == {"rto": 0.3, "rto_at_kl": 0.1}
 
 
 def test_choices_follow_the_mean_over_seeds() -> None:

@@ -75,7 +75,7 @@ def test_the_kept_file_is_small_and_whole(finished: Path) -> None:
     document = read_json(kept)
     assert document["missing"] == 0
     for gold in document["golds"].values():
-        assert [len(method["runs"]) for method in gold["methods"].values()] == [5] * 9
+        assert [len(method["runs"]) for method in gold["methods"].values()] == [5] * len(FULL.methods)
         assert {len(method["tried"]) for method in gold["methods"].values()} == {4}
     assert len(document["sweep"]) == 12 and {len(row["runs"]) for row in document["sweep"]} == {3}
 
