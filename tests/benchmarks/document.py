@@ -41,7 +41,11 @@ def collect(protocol: Protocol, work: Path) -> dict[str, Any]:
         "window": window,
         "missing": sum(stage.size for stage in plan) - len(done),
         "commits": sorted({str(record["commit"]) for record in done}),
-        "golds": {gold: _gold(protocol, gold, records, work, window) for gold in protocol.golds},
+        "golds": {
+            gold: _gold(protocol, gold, records, work, window)
+            for gold in protocol.golds
+            if any(name.startswith(f"{gold}/") for name in records)
+        },
         "sweep": [
             _tried(settings, row, records)
             for settings, row in zip(protocol.sweep, sweep_cells(protocol, records), strict=False)
