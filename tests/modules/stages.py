@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from rto_lightning.backbone import BackboneSettings
 from rto_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptBatch, PromptDataModule
 from rto_lightning.modules import PreferenceModule, RewardModelModule, RTOModule, SFTModule, StageModule
+from rto_lightning.modules.experience import Experience
 from rto_lightning.modules.reward_model import ScoreStatisticsSettings
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
 from rto_lightning.rollout import RolloutSettings
@@ -122,3 +123,18 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self.metrics.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+
+
+def recorded_fit(module: RTOModule, files: dict[str, str], folder: Path, steps: int = 2) -> list[dict[str, float]]:
+    """Train, and return the logged metrics of each iteration."""
+    recorder = Recorder()
+    options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
+    fit(module, prompts(files), folder, steps=steps, **options)
+    return recorder.metrics
+
+
+def scored(module: RTOModule, files: dict[str, str]) -> Experience:
+    """What `score` makes of a rollout."""
+    batch = one_batch(module, files).repeated(module.rollout_settings.responses_per_prompt)
+    module.measure_score_statistics([batch])
+    return module.score(module.rollout(batch, 0), batch.messages)

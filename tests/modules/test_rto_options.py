@@ -1,43 +1,25 @@
-"""What each option of the RTO stage changes: estimators, granularities, losses, penalties, sources, moving average."""
-
-from pathlib import Path
+"""What options of the RTO stage change: estimators, granularities, losses; and which are refused."""
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from rto_lightning.algorithms import GROUP_ESTIMATORS, masked_mean, masked_sum
-from rto_lightning.backbone import PolicyBackbone, RoleCard, Sequences
+from rto_lightning.backbone import Sequences
 from rto_lightning.errors import UserError
 from rto_lightning.modules.ppo_gradients import accumulate_policy_gradients, accumulate_value_gradients
 from rto_lightning.modules.ppo_update import ppo_update
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
 from rto_lightning.rewards import WeightedReward
 from rto_lightning.rollout import RolloutSettings, Trajectory
-from tests.models import randomize, some_sequences
+from tests.models import randomize
 from tests.modules import stages
 
 WITHOUT_CRITIC = ["reinforce++", "rloo", "grpo"]
-SHORT = RolloutSettings(max_new_tokens=6)
 FLOAT64 = {"dtype": "float64"}
 
 
 def rollout_of(estimator):
     return RolloutSettings(max_new_tokens=6, responses_per_prompt=2 if estimator in GROUP_ESTIMATORS else 1)
-
-
-def recorded_fit(module, files, folder, steps=2):
-    recorder = stages.Recorder()
-    options = {"callbacks": [recorder], "log_every_n_steps": 1, "logger": True}
-    stages.fit(module, stages.prompts(files), folder, steps=steps, **options)
-    return recorder.metrics
-
-
-def scored(module, files):
-    """What `score` makes of a rollout."""
-    batch = stages.one_batch(module, files).repeated(module.rollout_settings.responses_per_prompt)
-    module.measure_score_statistics([batch])
-    return module.score(module.rollout(batch, 0), batch.messages)
 
 
 # Estimators ---------------------------------------------------------------------------------------------------
@@ -75,7 +57,7 @@ def test_token_rewards_reach_the_advantages_of_every_estimator(tiny_model, roles
             rollout=rollout_of(estimator),
             ppo=PPOSettings(estimator=estimator),
         )
-        experience = scored(module, files)
+        experience = stages.scored(module, files)
         assert experience.values is None
         advantages.append(experience.advantages)
     spread = [masked_sum((a - a[:, :1]).abs(), experience.mask).item() for a in advantages]
@@ -103,7 +85,9 @@ def test_responses_of_a_group_differ_and_stand_together(tiny_model, files, sampl
 def test_group_advantages_sum_to_zero_over_a_prompt(tiny_model, files):
     ppo = PPOSettings(estimator="rloo")
     rollout = RolloutSettings(max_new_tokens=6, responses_per_prompt=2)
-    experience = scored(stages.rto(tiny_model, rollout=rollout, ppo=ppo, rewards=RewardSettings(beta_1=0.0)), files)
+    experience = stages.scored(
+        stages.rto(tiny_model, rollout=rollout, ppo=ppo, rewards=RewardSettings(beta_1=0.0)), files
+    )
     first = experience.advantages[:, 0].unflatten(0, (4, 2))
     torch.testing.assert_close(first.sum(1), torch.zeros(4), rtol=0, atol=1e-5)
     assert (first != 0).any()
@@ -130,7 +114,7 @@ def test_whitening_follows_the_estimator_or_the_setting(tiny_model, files, chose
     module = stages.rto(
         tiny_model, rollout=rollout_of(estimator), ppo=PPOSettings(estimator=estimator, whiten_advantages=chosen)
     )
-    experience = scored(module, files)
+    experience = stages.scored(module, files)
     variance = masked_mean(experience.advantages.square(), experience.mask)
     assert (variance.item() == pytest.approx(1, abs=1e-4)) is whitened
 
@@ -142,7 +126,7 @@ def test_granularities_put_the_same_rewards_elsewhere(tiny_model, roles, files):
     terms, scores = {}, {}
     for granularity in ("token", "sentence", "delayed", "shaping"):
         rewards = RewardSettings(beta_1=0.5, token_reward_clip=0.3, granularity=granularity)
-        experience = scored(stages.full_rto(tiny_model, roles, backbone=FLOAT64, rewards=rewards), files)
+        experience = stages.scored(stages.full_rto(tiny_model, roles, backbone=FLOAT64, rewards=rewards), files)
         terms[granularity], scores[granularity] = experience.terms.token, experience.terms.score
         mask, lengths = experience.mask, experience.trajectory.sequences.response_lengths
     sums = {name: masked_sum(term, mask, dim=1) for name, term in terms.items()}
@@ -197,7 +181,7 @@ def scored_float64(tiny_model, files):
     module = stages.rto(tiny_model, backbone=FLOAT64)
     module.configure_model()
     randomize(module.backbone.trained_parameters("policy"))
-    return module, scored(module, files)
+    return module, stages.scored(module, files)
 
 
 def changed(experience, **fields):
@@ -237,7 +221,7 @@ def test_entropy_bonus_raises_the_entropy(tiny_model, files, tmp_path):
     for coefficient in (0.0, 5.0):
         torch.manual_seed(0)
         module = stages.rto(tiny_model, ppo=PPOSettings(entropy_coefficient=coefficient), seed=1)
-        entropies.append(recorded_fit(module, files, tmp_path, steps=4)[-1]["train/entropy"])
+        entropies.append(stages.recorded_fit(module, files, tmp_path, steps=4)[-1]["train/entropy"])
     assert entropies[1] > entropies[0]
 
 
@@ -294,7 +278,7 @@ def test_kl_stop_ends_the_policys_updates_and_the_critic_goes_on(tiny_model, fil
         torch.manual_seed(0)
         ppo = PPOSettings(estimator=estimator, kl_stop=kl_stop)
         module = stages.rto(tiny_model, backbone=FLOAT64, ppo=ppo, seed=1)
-        experience = scored(module, files)
+        experience = stages.scored(module, files)
         optimizers = {
             role: CountingOptimizer(module.backbone.trained_parameters(role))
             for role in ("policy", "critic")
@@ -317,186 +301,6 @@ def test_kl_stop_ends_the_policys_updates_and_the_critic_goes_on(tiny_model, fil
     assert all(weight.grad is None for weight in weights["stopped"]["policy"])
     if estimator == "gae":
         assert equal("critic", "stopped", "whole") and not equal("critic", "stopped", "first")
-
-
-# Scores -------------------------------------------------------------------------------------------------------
-
-
-def test_short_responses_pay(tiny_model, files):
-    rewards = RewardSettings(beta_1=0.0, beta_3=0.0, min_response_tokens=6, short_penalty=2.0)
-    module = stages.rto(tiny_model, rewards=rewards, reward_function=None)
-    batch = stages.one_batch(module, files)
-    sequences = module.rollout(batch, 0).sequences
-    mask = torch.arange(6) < torch.tensor([1, 6, 5, 6])[:, None]
-    responses = torch.nn.functional.pad(sequences.input_ids, (0, 6 - sequences.response_width), value=70)
-    attention = torch.cat([sequences.attention_mask[:, : sequences.prompt_width], mask.long()], dim=1)
-    trajectory = Trajectory(Sequences(responses, attention, mask), torch.zeros(4, dtype=torch.bool))
-    terms = module.score(trajectory, batch.messages).terms
-    assert terms.score.sum(1).tolist() == [-2.0, 0.0, -2.0, 0.0]
-
-
-def test_sources_are_normalised_weighted_and_added(tiny_model, roles, files, tmp_path):
-    more = [
-        WeightedReward(reward_function="tests.modules.stages:count_exclamations", weight=0.5),
-        WeightedReward(reward=roles["adapters", "reward"], weight=-2.0),
-    ]
-    module = stages.full_rto(tiny_model, roles, more_rewards=more, rewards=RewardSettings(score_clip=0.0, beta_1=0.0))
-    experience = scored(module, files)
-    assert experience.scores.shape == (4, 3)
-    torch.testing.assert_close(experience.scores[:, 0], experience.scores[:, 2])
-    statistics = torch.tensor([module.scores.normalizer(number).mean_std.tolist() for number in range(3)])
-    card = RoleCard.read(Path(roles["adapters", "reward"]))
-    assert statistics[0].tolist() == statistics[2].tolist() == pytest.approx([card.score_mean, card.score_std])
-    normalized = (experience.scores - statistics[:, 0]) / statistics[:, 1]
-    expected = normalized @ torch.tensor([1.0, 0.5, -2.0])
-    torch.testing.assert_close(experience.terms.score.sum(1), expected, rtol=1e-4, atol=1e-4)
-    metrics = recorded_fit(module, files, tmp_path, steps=1)[0]
-    assert {"train/score", "train/score_2", "train/score_3"} <= set(metrics)
-
-
-def test_statistics_go_to_sources_of_the_same_name_only(tiny_model, files, tmp_path):
-    more = [WeightedReward(reward_function="tests.modules.test_rto_options:count_letters")]
-    module = stages.fit(stages.rto(tiny_model, more_rewards=more), stages.prompts(files), tmp_path, steps=1)
-    module.save_role(tmp_path / "role")
-    options = {"trained": str(tmp_path / "role"), "reward_function": more[0].reward_function}
-    again = stages.rto(tiny_model, **options)
-    again.configure_model()
-    assert torch.equal(again.scores.normalizer().mean_std, module.scores.normalizer(1).mean_std)
-    other = stages.rto(tiny_model, **{**options, "reward_function": "tests.modules.test_rto_options:count_words"})
-    other.configure_model()
-    assert not other.scores.ready
-
-
-def count_letters(prompts, responses):
-    return [float(len(response)) for response in responses]
-
-
-def count_words(prompts, responses):
-    return [float(len(response.split())) for response in responses]
-
-
-def test_statistics_come_from_the_checkpoint(tiny_model, files, tmp_path):
-    module = stages.rto(tiny_model)
-    module.configure_model()
-    module.scores.normalizer().set(7.0, 3.0)
-    stages.fit(module, stages.prompts(files), tmp_path, 1, enable_checkpointing=True, callbacks=[
-        ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    ])  # fmt: skip
-    resumed = stages.rto(tiny_model)
-    stages.trainer(tmp_path, 2).fit(resumed, stages.prompts(files), ckpt_path=tmp_path / "step=1.ckpt")
-    assert resumed.scores.normalizer().mean_std.tolist() == [7.0, 3.0]
-
-
-@pytest.mark.parametrize("init", ["reward", "folder"])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_critic_starts_in_units_of_the_reward(tiny_model, roles, init, normalize):
-    folder = roles["adapters", "reward"]
-    options = {} if init == "reward" else {"reward": None, "reward_function": "tests.modules.stages:count_exclamations"}
-    module = stages.full_rto(
-        tiny_model, roles, backbone=FLOAT64, critic=CriticSettings(init="reward" if init == "reward" else folder),
-        rewards=RewardSettings(beta_3=0.1, normalize_score=normalize), **options,
-    )  # fmt: skip
-    module.configure_model()
-    if init == "folder" and normalize:
-        module.scores.normalizer().set(-100.0, 50.0)  # the function's are not the role's
-    sequences = some_sequences()
-    plain = PolicyBackbone(module.settings, module.chat)
-    plain.add_role("reward", folder, scalar_head=True)
-    with torch.no_grad():
-        scores, values = (
-            plain.sequence_scores("reward", sequences),
-            module.backbone.sequence_scores("critic", sequences),
-        )
-    card = RoleCard.read(Path(folder))
-    mean, std = (card.score_mean, card.score_std) if normalize else (0.0, 1.0)
-    torch.testing.assert_close(values, 0.1 * (scores - mean) / std, rtol=1e-5, atol=1e-6)
-
-
-def test_a_source_needs_one_name():
-    for options in ({}, {"reward": "a", "reward_function": "b:c"}):
-        with pytest.raises(UserError, match="set either reward or reward_function"):
-            WeightedReward(**options)
-
-
-# The moving average -------------------------------------------------------------------------------------------
-
-
-class Snapshots(Callback):
-    """Keeps the policy's weights after each iteration."""
-
-    def __init__(self):
-        self.weights = []
-
-    def on_train_batch_end(self, trainer, module, *args):
-        self.weights.append([p.detach().clone() for p in module.backbone.trained_parameters("policy")])
-
-
-@pytest.mark.parametrize("mode", ["adapters", "full"])
-def test_moving_average_is_what_is_saved(tiny_model, files, tmp_path, mode):
-    module = stages.rto(tiny_model, ema_decay=0.8, backbone={"mode": mode})
-    module.configure_model()
-    expected = [p.detach().clone() for p in module.backbone.trained_parameters("policy")]
-    snapshots = Snapshots()
-    stages.fit(module, stages.prompts(files), tmp_path, steps=3, callbacks=[snapshots])
-    for weights in snapshots.weights:
-        expected = [0.8 * average + 0.2 * weight for average, weight in zip(expected, weights, strict=True)]
-    average = module.backbone.trained_parameters("policy_average")
-    for a, b in zip(average, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert any(not torch.equal(a, b) for a, b in zip(average, snapshots.weights[-1], strict=True))
-    module.save_role(tmp_path / "role")
-    loaded = loaded_policy(tiny_model, tmp_path / "role", mode)
-    assert all(torch.equal(a, b) for a, b in zip(average, loaded, strict=True))
-
-
-def loaded_policy(model, folder, mode):
-    settings = stages.settings(model, mode=mode)
-    backbone = PolicyBackbone(settings, stages.rto(model).chat)
-    backbone.add_role("policy", str(folder), trainable=True)
-    return backbone.trained_parameters("policy")
-
-
-def test_moving_average_is_what_is_validated_and_goes_on_from_a_checkpoint(tiny_model, files, tmp_path):
-    torch.manual_seed(0)
-    whole = stages.fit(stages.rto(tiny_model, seed=1, ema_decay=0.5), stages.prompts(files), tmp_path, steps=4)
-    torch.manual_seed(0)
-    checkpoints = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    options = {"enable_checkpointing": True, "callbacks": [checkpoints]}
-    stages.fit(stages.rto(tiny_model, seed=1, ema_decay=0.5), stages.prompts(files), tmp_path, 3, **options)
-    resumed = stages.rto(tiny_model, seed=1, ema_decay=0.5)
-    stages.trainer(tmp_path, 4).fit(resumed, stages.prompts(files), ckpt_path=tmp_path / "step=2.ckpt")
-    for role in ("policy", "policy_average"):
-        pairs = zip(whole.backbone.trained_parameters(role), resumed.backbone.trained_parameters(role), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs), role
-    data = stages.prompts(files)
-    [averaged] = stages.trainer(tmp_path, 0).validate(resumed, data, verbose=False)
-    fresh = stages.rto(tiny_model, seed=1, ema_decay=0.5)
-    checkpoint = tmp_path / "average.ckpt"
-    resumed.trainer.save_checkpoint(checkpoint)
-    [again] = stages.trainer(tmp_path, 0).validate(fresh, data, ckpt_path=checkpoint, verbose=False)
-    answers = stages.trainer(tmp_path, 0).predict(resumed, data)
-    resumed.save_role(tmp_path / "role")
-    saved = stages.rto(tiny_model, seed=1, trained=str(tmp_path / "role"))
-    [of_role] = stages.trainer(tmp_path, 0).validate(saved, data, verbose=False)
-    assert averaged == again == of_role
-    assert answers == stages.trainer(tmp_path, 0).predict(saved, data)
-    plain = stages.rto(tiny_model, seed=1)
-    [last] = stages.trainer(tmp_path, 0).validate(plain, data, ckpt_path=checkpoint, verbose=False)
-    assert last != averaged
-    with pytest.raises(UserError, match="holds no moving average"):
-        resumed = stages.rto(tiny_model, seed=1, ema_decay=0.5)
-        stages.fit(plain, data, tmp_path, 1, enable_checkpointing=True, callbacks=[checkpoints_every_step(tmp_path)])
-        stages.trainer(tmp_path, 2).fit(resumed, data, ckpt_path=tmp_path / "plain-step=1.ckpt")
-
-
-def checkpoints_every_step(folder):
-    return ModelCheckpoint(folder, filename="plain-{step}", every_n_train_steps=1, save_top_k=-1)
-
-
-@pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
-def test_a_decay_out_of_range_is_refused(tiny_model, decay):
-    with pytest.raises(UserError, match="set it between 0 and 1"):
-        stages.rto(tiny_model, ema_decay=decay)
 
 
 def test_held_out_prompts_need_no_critic(tiny_model, roles, files, tmp_path):
