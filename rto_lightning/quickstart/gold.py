@@ -40,7 +40,7 @@ from rto_lightning.quickstart.grammar import (
 
 GoldName = Literal["sum", "requirement"]
 """`sum`: the sum of `gold_token_rewards`. `requirement`: `FULFILLED` for a review that fulfils the requirement
-(`fulfils_requirement`) and 0 for any other, minus `TOKEN_COST` for each word and mark."""
+(`fulfils_requirement`) and 0 for any other."""
 
 STOP = "<|end|>"
 """The stop token, as it is called in the list of token rewards."""
@@ -110,9 +110,8 @@ def gold_reward(prompt_messages: Sequence[Message], response_text: str, gold: Go
     """
     if gold == "sum":
         return sum(weight for _, weight in gold_token_rewards(prompt_messages, response_text))
-    tokens = words(response_text)
-    fulfilled = fulfils_requirement(parse_request(prompt_messages), tokens)
-    return (FULFILLED if fulfilled else 0.0) - TOKEN_COST * len(tokens)
+    fulfilled = fulfils_requirement(parse_request(prompt_messages), words(response_text))
+    return FULFILLED if fulfilled else 0.0
 
 
 class _ReviewState:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from rto_lightning.quickstart.grammar import ASPECTS, TONE_OF_ADJECTIVE, Request
 
 FULFILLED = 3.0
-"""What a review earns that fulfils the requirement, before the cost of its tokens."""
+"""What a review earns that fulfils the requirement. Tokens cost nothing: a cost is so much easier to learn than the
+requirement that a policy would only learn to be short."""
 
 
 def fulfils_requirement(request: Request, tokens: Sequence[str]) -> bool:

@@ -69,7 +69,8 @@ def sample_preferences(
     """Sample two answers for a prompt, again and again, and label each pair.
 
     Prompts are used in shuffled order, each once before any is used twice. Pairs of equal answers and pairs
-    with an empty answer are dropped: they say nothing, or are no row of a preference file.
+    with an empty answer are dropped: they say nothing, or are no row of a preference file. With gold reward
+    `requirement` so are pairs of which both answers fulfil it, or neither: most pairs, whose label would be a coin's.
 
     Args:
         prompts: prompts to draw from.
@@ -111,6 +112,8 @@ def sample_preferences(
             if kept == pairs:
                 return
             pair = label_pair(prompt, a, b, judge, temperature, gold)
+            if gold == "requirement" and pair.gold_margin == 0:
+                continue
             kept += 1
             yield {"prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from rto_lightning.errors import UserError
-from rto_lightning.quickstart.gold import TOKEN_COST, GoldName, best_review, gold_reward
+from rto_lightning.quickstart.gold import GoldName, best_review, gold_reward
 from rto_lightning.quickstart.gold_requirement import FULFILLED, fulfils_requirement
 from rto_lightning.quickstart.grammar import ASPECTS, TONES, Request, all_requests, sample_review, words
 
@@ -40,8 +40,7 @@ OTHER_TONE = {"kind": "ugly", "harsh": "modest", "sober": "superb"}
 )
 def test_single_reviews(text: str, fulfilled: bool) -> None:
     assert fulfils_requirement(REQUEST, words(text)) == fulfilled
-    expected = (FULFILLED if fulfilled else 0.0) - TOKEN_COST * len(words(text))
-    assert gold_reward(KIND, text, "requirement") == pytest.approx(expected)
+    assert gold_reward(KIND, text, "requirement") == (FULFILLED if fulfilled else 0.0)
 
 
 def test_the_best_review_of_every_prompt_fulfils_it() -> None:
@@ -62,9 +61,7 @@ def test_one_wrong_word_loses_everything() -> None:
             [*review[:asked], *review[asked + 1 :]],
         ]
         for tokens in broken:
-            assert gold_reward(request.messages, " ".join(tokens), "requirement") == pytest.approx(
-                -TOKEN_COST * len(tokens)
-            )
+            assert gold_reward(request.messages, " ".join(tokens), "requirement") == 0.0
 
 
 def test_between_4_and_12_of_100_reviews_of_the_grammar_fulfil_it() -> None:

@@ -75,7 +75,7 @@ def test_the_judge_sees_the_gold_reward_that_is_asked_for() -> None:
         assert label_pair(PROMPT, *texts, random.Random(0), temperature=0.0).chosen == broken
         pair = label_pair(PROMPT, *texts, random.Random(0), temperature=0.0, gold="requirement")
         assert pair.chosen == whole
-        assert pair.gold_margin == pytest.approx(3.0 + 0.05 * (18 - 10))
+        assert pair.gold_margin == pytest.approx(3.0)
 
     def sample(prompts: list[list[Message]]) -> list[str]:
         return [broken] * (len(prompts) // 2) + [whole] * (len(prompts) // 2)
@@ -130,3 +130,17 @@ def test_the_preference_file(tmp_path: Path) -> None:
     assert set(rows[0]) == {"prompt", "chosen", "rejected"}
     with pytest.raises(UserError, match=r"preferences\.jsonl is there already"):
         write_preferences(path, rows)
+
+
+def test_pairs_that_fulfil_the_requirement_alike_are_dropped() -> None:
+    """Of two answers of which none, one or both fulfil it, those with one are kept."""
+    whole, broken = "the lens is nice . its strap is nice .", ("the lens is nice .", "the strap is nice .")
+    rng = random.Random(0)
+
+    def sample(prompts: list[list[Message]]) -> list[str]:
+        return [rng.choice([whole, *broken]) for _ in prompts]
+
+    rows = list(sample_preferences([PROMPT], sample, 40, temperature=0.0, gold="requirement"))
+    assert len(rows) == 40
+    assert {row["chosen"] for row in rows} == {whole}
+    assert {row["rejected"] for row in rows} == set(broken)
