@@ -244,7 +244,7 @@ class RTOModule(StageModule):
 
     @torch.no_grad()
     def reward(self, trajectory: Trajectory, prompts: list[list[Message]], role: str = "policy") -> ScoredTrajectory:
-        """Read the trajectory as the frozen roles and turn that into the reward of every token.
+        """Read the trajectory as every role but the critic and turn that into the reward of every token.
 
         Args:
             trajectory: B prompts with a response each.
