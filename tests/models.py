@@ -10,6 +10,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from rto_lightning.backbone import BackboneSettings, LoraSettings, PolicyBackbone, Sequences, load_chat_tokenizer
@@ -66,6 +68,27 @@ def write_tiny_neox(folder: Path, seed: int = 0) -> Path:
     )
     GPTNeoXForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer(template=False).save_pretrained(folder)
+    return folder
+
+
+def write_tiny_qwen2(folder: Path, seed: int = 0) -> Path:
+    """A causal language model of Qwen2.5's architecture: biases on queries, keys and values, and tied embeddings."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tiny_tokenizer()),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=2,
+        eos_token_id=2,
+        bos_token_id=1,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rto_lightning.backbone.fingerprints import ADAPTER_FILE
+from rto_lightning.backbone.lora import simplify_forward
 from rto_lightning.backbone.settings import LoraSettings
 from rto_lightning.errors import UserError
 
@@ -140,6 +141,8 @@ class AdapterBank:
                 f"the adapter {name} cannot be put on {self.model.name_or_path}: {str(error).splitlines()[0]}"
             ) from error
         self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._layers:
+            simplify_forward(layer)
         # Adding an adapter resets the gradients of the others; state them for all, so that order does not matter.
         self.model.requires_grad_(False)
         for existing in self.names:

@@ -1,9 +1,12 @@
 """Load a base model and its tokenizer from a hub name or a local folder."""
 
+import importlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,6 +21,9 @@ from rto_lightning.backbone.chat import ChatTokenizer
 from rto_lightning.backbone.roles import looks_like_hub_name
 from rto_lightning.backbone.settings import BackboneSettings
 from rto_lightning.errors import UserError
+
+BITSANDBYTES = "0.49"
+"""The oldest bitsandbytes whose 4-bit weights train on a CPU too; `pyproject.toml` asks for it."""
 
 
 def load_chat_tokenizer(settings: BackboneSettings) -> ChatTokenizer:
@@ -67,15 +73,17 @@ def load_causal_lm(
         device: where to put quantized weights; others are moved by the trainer.
 
     Raises:
-        UserError: if the model cannot be loaded.
+        UserError: if the model cannot be loaded, or 4-bit weights do not work on the device.
     """
+    if quantized:
+        check_quantization(device or torch.device("cpu"), dtype)
     options: dict[str, Any] = {
         "revision": settings.revision if model == settings.model else None,
         "trust_remote_code": settings.trust_remote_code,
     }
     try:
         config = AutoConfig.from_pretrained(model, **options)
-        _switch_dropout_off(config)
+        switch_dropout_off(config)
         if quantized:
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -100,11 +108,52 @@ def load_causal_lm(
     return loaded
 
 
+def check_quantization(device: torch.device, dtype: torch.dtype) -> None:
+    """Quantize a small layer on a device and take a gradient through it, before a whole model is loaded.
+
+    Args:
+        device: where the 4-bit weights will be.
+        dtype: in which they compute.
+
+    Raises:
+        UserError: if bitsandbytes is missing or too old, or its 4-bit weights do not work on the device.
+    """
+    way_out = "or set model.backbone.quantization to null"
+    try:
+        linear: Any = importlib.import_module("bitsandbytes").nn.Linear4bit
+        installed = version("bitsandbytes")
+    except Exception as error:  # a broken installation raises more than ImportError
+        raise UserError(
+            f"quantization nf4 needs bitsandbytes, which cannot be imported ({_first_line(error)}); install it by "
+            f"`pip install 'bitsandbytes>={BITSANDBYTES}'`, {way_out}."
+        ) from error
+    if Version(installed) < Version(BITSANDBYTES):
+        raise UserError(
+            f"quantization nf4 needs bitsandbytes {BITSANDBYTES} or newer and {installed} is installed; run "
+            f"`pip install -U bitsandbytes`, {way_out}."
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):  # its weights are drawn, and the run's draws shall not depend on that
+            layer = linear(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
+        inputs = torch.ones(1, 64, dtype=dtype, device=device, requires_grad=True)
+        layer(inputs).sum().backward()
+        with torch.no_grad():
+            layer(inputs)  # one token at a time has kernels of its own
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a kernel that the card does not have fails here, not later
+    except Exception as error:  # bitsandbytes, torch and the driver each have their own
+        name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else device.type
+        raise UserError(
+            f"bitsandbytes {installed} cannot compute with 4-bit weights on {name} ({_first_line(error)}); choose "
+            f"another trainer.accelerator (gpu for a newer NVIDIA card, or cpu), {way_out}."
+        ) from error
+
+
 def _as_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _switch_dropout_off(config: Any) -> None:
+def switch_dropout_off(config: Any) -> None:
     """Dropout would make old and new log-probabilities differ before any update."""
     for name, value in vars(config).items():
         if isinstance(value, float) and (name.endswith(("dropout", "pdrop", "dropout_prob")) or "_dropout" in name):
@@ -131,9 +180,13 @@ def _check_plain_output_layer(model: PreTrainedModel) -> None:
 
 
 def _not_loadable(what: str, model: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if not Path(model).exists() and not looks_like_hub_name(model):
         return UserError(
             f"the folder {model} does not exist; set model.backbone.model to a local folder or a hub name (owner/name)."
         )
-    return UserError(f"the {what} of {model} could not be loaded: {reason}")
+    return UserError(f"the {what} of {model} could not be loaded: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

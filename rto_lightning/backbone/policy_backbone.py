@@ -8,6 +8,7 @@ caller names the role and the backbone sees to the weights. It knows nothing of 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rto_lightning.backbone.adapters import AdapterBank
 from rto_lightning.backbone.chat import ChatTokenizer
+from rto_lightning.backbone.decoding import Decoded, DrawTokens, ValueHead, decode, evaluating
 from rto_lightning.backbone.divergence import TokenDivergence, gather_divergence
 from rto_lightning.backbone.fingerprints import base_fingerprint
 from rto_lightning.backbone.heads import ScalarHead
@@ -140,12 +142,20 @@ class PolicyBackbone(nn.Module):
             if source in self.heads:
                 self.heads[name].load_state_dict(self.heads[source].state_dict())
 
+    def share_role(self, source: str, name: str) -> None:
+        """Add a role that is a scalar head, of zeros, on the hidden states of another one."""
+        self.roles[name] = replace(self.roles[source], name=name, body_of=source)
+        self._add_head(name, None, trainable=True)
+
     def trained_parameters(self, name: str) -> list[nn.Parameter]:
         """The weights of a role that receive gradients: its adapter or its model, and its head."""
         role = self.roles[name]
         if not role.trainable:
             return []
-        body = self.adapters.parameters(role.adapter) if role.adapter else list(self.models[role.model].parameters())
+        body: list[nn.Parameter] = []
+        if role.body_of is None:
+            model = self.models[role.model]
+            body = self.adapters.parameters(role.adapter) if role.adapter else list(model.parameters())
         head = list(self.heads[name].parameters()) if name in self.heads else []
         return [*body, *head]
 
@@ -167,9 +177,9 @@ class PolicyBackbone(nn.Module):
     # What can be asked of a role --------------------------------------------------------------------------------
 
     def response_hidden(self, name: str, sequences: Sequences) -> Tensor:
-        """Hidden state before each response token, (B, T, H): what the token is predicted from."""
-        start = sequences.prompt_width - 1
-        return self._hidden(name, sequences.input_ids, sequences.attention_mask)[:, start:-1]
+        """Hidden states (N, H) from which the N response tokens, row by row, are predicted."""
+        rows, tokens = sequences.response_mask.nonzero(as_tuple=True)
+        return self._hidden(name, sequences, rows, sequences.prompt_lengths[rows] - 1 + tokens)
 
     def token_logprobs(
         self,
@@ -185,18 +195,15 @@ class PolicyBackbone(nn.Module):
         Returns:
             Log-probabilities (B, T) in nats, 0 outside the response; entropy (B, T) of each distribution, or None.
         """
-        mask = sequences.response_mask
+        return self._token_logprobs(name, self.response_hidden(name, sequences), sequences, temperature, with_entropy)
+
+    def token_logprobs_and_values(
+        self, name: str, value_role: str, sequences: Sequences, temperature: float = 1.0, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As :meth:`token_logprobs`, and the values (B, T) that the head of `value_role` reads off the same forward."""
         hidden = self.response_hidden(name, sequences)
-        with self.play(name) as model:
-            logprobs, entropy = gather_logprobs(
-                hidden[mask],
-                model.get_output_embeddings(),
-                sequences.response_ids[mask],
-                temperature,
-                self.settings.logprob_chunk_tokens,
-                with_entropy,
-            )
-        return _scatter(logprobs, mask), None if entropy is None else _scatter(entropy, mask)
+        logprobs, entropy = self._token_logprobs(name, hidden, sequences, temperature, with_entropy)
+        return logprobs, entropy, _scatter(self.head(value_role)(hidden), sequences.response_mask)
 
     def token_divergence(self, name: str, reference: str, sequences: Sequences) -> TokenDivergence:
         """Each response token under two roles: its log-probabilities, and KL(reference || role) over the vocabulary.
@@ -210,8 +217,8 @@ class PolicyBackbone(nn.Module):
         with torch.no_grad():
             reference_hidden = self.response_hidden(reference, sequences)
         compared = gather_divergence(
-            self.response_hidden(name, sequences)[mask],
-            reference_hidden[mask],
+            self.response_hidden(name, sequences),
+            reference_hidden,
             partial(self._logits, name),
             partial(self._logits, reference),
             sequences.response_ids[mask],
@@ -219,34 +226,33 @@ class PolicyBackbone(nn.Module):
         )
         return TokenDivergence(*(_scatter(values, mask) for values in compared))
 
-    def token_values(self, name: str, sequences: Sequences) -> Tensor:
-        """Value of the state before each response token, (B, T), 0 outside the response."""
-        values: Tensor = self.head(name)(self.response_hidden(name, sequences))
-        return torch.where(sequences.response_mask, values, torch.zeros_like(values))
+    def token_values(self, name: str, sequences: Sequences, head_only: bool = False) -> Tensor:
+        """Value of the state before each response token, (B, T), 0 outside; `head_only` gives no gradient below."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not head_only):
+            hidden = self.response_hidden(name, sequences)
+        return _scatter(self.head(name)(hidden), sequences.response_mask)
 
     def sequence_scores(self, name: str, sequences: Sequences) -> Tensor:
         """Score of each prompt and response, (B,): the scalar head at the last response token."""
-        hidden = self._hidden(name, sequences.input_ids, sequences.attention_mask)
-        last = sequences.prompt_width + sequences.response_lengths - 1
-        scores: Tensor = self.head(name)(hidden[torch.arange(len(last), device=last.device), last])
+        last = sequences.prompt_lengths + sequences.response_lengths - 1
+        scores: Tensor = self.head(name)(
+            self._hidden(name, sequences, torch.arange(len(last), device=last.device), last)
+        )
         return scores
 
-    @torch.no_grad()
-    def generate(
-        self, name: str, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig, **options: Any
-    ) -> Tensor:
-        """Continue left-padded prompts (B, P) with transformers' `generate`; returns prompts and responses (B, P+T)."""
-        with self.play(name) as model:
-            # Gradient checkpointing of a model in training mode would switch the key-value cache off.
-            training = model.training
-            model.eval()
-            try:
-                tokens: Tensor = model.generate(  # type: ignore[operator]
-                    input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **options
-                )
-                return tokens
-            finally:
-                model.train(training)
+    def decode(
+        self,
+        name: str,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        draw: DrawTokens,
+        max_new_tokens: int,
+        value_head: ValueHead | None = None,
+    ) -> Decoded:
+        """Sample a response to each left-padded prompt (B, P) as a role; see :func:`rto_lightning.backbone.decode`."""
+        stop_ids, pad_id = self.chat.stop_ids, self.chat.pad_id
+        with self.play(name) as model, evaluating(model):
+            return decode(model, input_ids, attention_mask, draw, stop_ids, pad_id, max_new_tokens, value_head)
 
     def head(self, name: str) -> ScalarHead:
         """The scalar head of a role that has one."""
@@ -297,14 +303,27 @@ class PolicyBackbone(nn.Module):
 
     # Inside -----------------------------------------------------------------------------------------------------
 
-    def _hidden(self, name: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    def _hidden(self, name: str, sequences: Sequences, rows: Tensor, positions: Tensor) -> Tensor:
+        """Last hidden states (N, H) of a role at positions (N,), counted from the prompt's start, of rows (N,)."""
+        input_ids = sequences.left_aligned()
         with self.play(name) as model:
-            output = model.get_decoder()(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+            hidden: Tensor = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, rows * input_ids.shape[1] + positions)
+
+    def _token_logprobs(
+        self, name: str, hidden: Tensor, sequences: Sequences, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        mask = sequences.response_mask
+        with self.play(name) as model:
+            logprobs, entropy = gather_logprobs(
+                hidden,
+                model.get_output_embeddings(),
+                sequences.response_ids[mask],
+                temperature,
+                self.settings.logprob_chunk_tokens,
+                with_entropy,
             )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        return _scatter(logprobs, mask), None if entropy is None else _scatter(entropy, mask)
 
     def _logits(self, name: str, hidden: Tensor) -> Tensor:
         """The output layer of a role on hidden states (N, H), whoever is active."""

@@ -25,6 +25,8 @@ class Role:
     """Name of the adapter on that model; None computes without one."""
     trainable: bool
     """Whether its own weights change in training, and so are held in full precision and belong into a checkpoint."""
+    body_of: str | None = None
+    """The role whose model and adapter it reads; only its head is then its own."""
 
 
 @dataclass

@@ -46,6 +46,21 @@ class Sequences:
         """(B,) int64: the number of tokens of each response."""
         return self.response_mask.sum(dim=1)
 
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """(B,) int64: the number of tokens of each prompt."""
+        return self.attention_mask[:, : self.prompt_width].sum(dim=1)
+
+    def left_aligned(self) -> Tensor:
+        """(B, W) int64: each prompt and its response from column 0 on, W the longest of both together.
+
+        What follows the end of a row is padding with arbitrary ids. A causal model reads these rows without an
+        attention mask and with its own positions 0, 1, ...: nothing attends to what comes later.
+        """
+        width = int(self.attention_mask.sum(dim=1).max())
+        columns = torch.arange(width, device=self.input_ids.device) + (self.prompt_width - self.prompt_lengths)[:, None]
+        return self.input_ids.gather(1, columns.clamp(max=self.input_ids.shape[1] - 1))
+
     def to(self, device: torch.device | str | int) -> "Sequences":
         """The same batch on another device."""
         return Sequences(self.input_ids.to(device), self.attention_mask.to(device), self.response_mask.to(device))

@@ -26,7 +26,14 @@ _UNKNOWN = re.compile(
 )
 _TYPE = re.compile(r"Expected (?:a|an) (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$")
 _NO_CLASS = re.compile(r"(?P<why>module '(?P<module>[^']+)' has no attribute '(?P<name>[^']+)'|No module named .*)")
-_NOT_SUBCLASS = re.compile(r"Import path (?P<path>\S+) does not correspond to a subclass of (?P<base>\w+)")
+_NOT_SUBCLASS = re.compile(
+    r"(?:Import path |Expected ')(?P<path>[^\s']+)'? (?:does not correspond to|to be) a subclass of "
+    r"(?:<class ')?(?P<base>\w+)"
+)
+_NO_SHORT_NAME = re.compile(r"Expected a dot import path string: (?P<name>\w+)")
+# Of a class that is not instantiated at once, such as an optimizer; its class path comes last.
+_FACTORY = re.compile(r"expects a function or a callable class: (?P<why>.*?)\.* Got value: (?P<value>.*)")
+_CLASS_PATH = re.compile(r"class_path='(?P<path>[^']+)'")
 _LITERAL = re.compile(r"typing\.Literal\[(.*)\]")
 _NO_FILE = re.compile(r'Parser key "config": .*does not exist: \'?(?P<path>[^\']+)')
 _REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.+)")
@@ -104,6 +111,8 @@ def explain(message: str, config_files: Sequence[str] = (), accepted: Sequence[s
     branches = [branch for branch in _branches(message) if not _is_filler(branch.text)]
     if not branches:
         return _one_line(message)
+    if "<class 'jsonargparse._util.NestedArg'>" in message:
+        config_files = ()  # it stands on the command line, whatever the files say
     # The first type that was tried is the one the user most likely meant, unless another got further down.
     branch = max(branches, key=lambda b: (len(b.classes), len(b.keys), bool(_UNKNOWN.search(b.text))))
     key = ".".join(branch.keys)
@@ -116,9 +125,16 @@ def explain(message: str, config_files: Sequence[str] = (), accepted: Sequence[s
         return f"{where}{_missing(f'{key}.init_args.{name}' for name in match['keys'].split(', '))}."
     if match := _NOT_SUBCLASS.search(branch.text):
         return f"{where}`{key}.class_path`: {match['path']} is no {match['base']}."
-    if match := _NO_CLASS.search(branch.text):
+    if match := _NO_SHORT_NAME.match(branch.text):
+        from rto_lightning.cli.short_names import explain_name  # imports torch
+
+        return f"{where}`{key}`: {explain_name(key, match['name'])}"
+    if match := _NO_CLASS.match(branch.text):
         name = f"{match['module']}.{match['name']}" if match["module"] else branch.classes[-1]
         return f"{where}`{key}.class_path`: cannot import {name} ({match['why']})."
+    if branch.text.startswith("Expected an import path or a subclass spec"):
+        given = branch.text.rpartition("but got ")[2]
+        return f"{where}`{key}` must be the name of a class or a mapping of `class_path` and `init_args`, not {given}."
     if match := _TYPE.search(branch.text):
         wanted = [_TYPE.search(other.text) for other in branches if other.keys == branch.keys]
         types = _join_types([found["type"] for found in wanted if found is not None])
@@ -129,13 +145,13 @@ def explain(message: str, config_files: Sequence[str] = (), accepted: Sequence[s
         return f"{where}`{key}` must be a mapping of `class_path` (a {base}) and `init_args` and nothing else."
     if "Unable to load config" in branch.text:
         return f"{where}`{key}` must be a mapping of settings or the path of a YAML file."
-    return f"{where}`{key}`: {_one_line(branch.text)}" if key else _one_line(branch.text)
+    return f"{where}`{key}`: {_one_line(branch.text).removesuffix('.')}." if key else _one_line(branch.text)
 
 
 def _branches(message: str) -> Iterator[_Branch]:
     """Walks the indented tree and gives each line that is neither a key nor a class as a leaf."""
     stack = [_Level(-1)]
-    for line in message.splitlines():
+    for line in filter(str.strip, message.splitlines()):
         text = line.strip()
         indent = len(line) - len(line.lstrip())
         if text.startswith("- "):
@@ -150,8 +166,12 @@ def _branches(message: str) -> Iterator[_Branch]:
             keys = top.keys if top.keys[-1:] == [match["key"]] else [*top.keys, match["key"]]
             stack.append(_Level(indent, keys, top.classes))
             text = text[match.end() :].strip()
+        classes = stack[-1].classes
+        if match := _FACTORY.search(text):
+            found = _CLASS_PATH.search(match["value"])
+            classes, text = [*classes, found["path"] if found else match["value"]], match["why"]
         if text:
-            yield _Branch(stack[-1].keys, stack[-1].classes, text)
+            yield _Branch(stack[-1].keys, classes, text)
 
 
 def _is_filler(text: str) -> bool:
@@ -162,6 +182,7 @@ def _is_filler(text: str) -> bool:
             "Errors:",
             "Given value",
             "Expected a <class 'NoneType'>",
+            "Expected a path but ",
             "Subclass types expect",
             "a class path (str)",
             "a dict with",

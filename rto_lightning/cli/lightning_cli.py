@@ -7,6 +7,7 @@ The folder of a stage is `trainer.default_root_dir`. It receives
     tensorboard/<run>/  events for `tensorboard --logdir`
     metrics/<run>/      the same figures as metrics.csv
     role/               the trained role, once training has ended
+    memory.json         the peak memory that was planned, and what `fit` took
     predictions.jsonl   the answers of `predict`
 
 where <run> is `fit`, or `fit-2` if the folder holds an earlier run; likewise for the other commands.
@@ -29,8 +30,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from rto_lightning.callbacks import PhaseProgressBar, SaveRole, WritePredictions
+from rto_lightning.callbacks import MemoryReport, PhaseProgressBar, SaveRole, WritePredictions
 from rto_lightning.cli.config_errors import ConfigurationError, explain
+from rto_lightning.cli.short_names import know_optimizers
 from rto_lightning.errors import UserError
 
 ROLE_FOLDER = "role"
@@ -38,6 +40,9 @@ ROLE_FOLDER = "role"
 
 PREDICTIONS_FILE = "predictions.jsonl"
 """Name of the answers that `predict` writes into a stage's folder."""
+
+MEMORY_FILE = "memory.json"
+"""Name of the planned and measured peak memory in a stage's folder."""
 
 _KEYWORD_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
@@ -200,7 +205,7 @@ class RTOCLI(LightningCLI):
                 resumed = self.config_init[self.subcommand].ckpt_path is not None
                 directory = root / "checkpoints"
                 callbacks.append(ModelCheckpoint(directory, save_last="link", enable_version_counter=not resumed))
-            callbacks.append(SaveRole(root / ROLE_FOLDER))
+            callbacks += [SaveRole(root / ROLE_FOLDER), MemoryReport(root / MEMORY_FILE)]
         if self.subcommand == "predict":
             callbacks.append(WritePredictions(root / PREDICTIONS_FILE))
         return callbacks
@@ -222,22 +227,27 @@ def default_loggers(root: Path, command: str) -> list[Logger]:
     ]
 
 
-def run(args: Sequence[str], config_files: Sequence[str]) -> None:
+def run(args: Sequence[str], config_files: Sequence[str], cli: type[RTOCLI] = RTOCLI) -> RTOCLI:
     """Parses the arguments of one command, builds the stage and runs it.
 
     Args:
         args: A command and its options.
         config_files: The `--config` files among them.
+        cli: What reads them.
+
+    Returns:
+        What has read them, with module and data.
 
     Raises:
         UserError: If the settings, or the data and roles they name, cannot be used.
     """
     quiet_libraries()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # help texts of settings dataclasses
+    know_optimizers()
     quiet_lightning()
     try:
         with _process_arguments(args):
-            RTOCLI(args, config_files)
+            return cli(args, config_files)
     except MisconfigurationException as error:
         raise UserError(_first_sentence(error)) from error
 

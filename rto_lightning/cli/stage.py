@@ -44,8 +44,9 @@ def given_config_files(args: Sequence[str]) -> list[str]:
 def with_command(error: MissingInputError, config_files: Sequence[str]) -> str:
     """Adds to the sentence of a `MissingInputError` the command that makes the input.
 
-    The configuration `<stage>.yaml` is looked for beside the files in use, the last file first.
+    The configuration `<stage>.yaml` is looked for beside each of the files in use, as overlays lie beside overlays.
     """
-    beside = (Path(name).parent / f"{error.stage}.yaml" for name in reversed(config_files))
-    config = next((str(path) for path in beside if path.is_file()), f"{error.stage.upper()}_CONFIG.yaml")
-    return f"{str(error).rstrip('.')}; make it first with: rto-lightning fit --config {config}"
+    beside = dict.fromkeys(Path(name).parent / f"{error.stage}.yaml" for name in config_files)
+    found = [str(path) for path in beside if path.is_file()] or [f"{error.stage.upper()}_CONFIG.yaml"]
+    command = " ".join(["rto-lightning fit", *(f"--config {name}" for name in found)])
+    return f"{str(error).rstrip('.')}; make it first with: {command}"

@@ -1,5 +1,6 @@
 """The stages as LightningModules: SFT, preference (DPO), reward model, RTO. They order events; others do the maths."""
 
+from rto_lightning.modules.pair_logprobs import PairLogprobs, cached_pair_logprobs
 from rto_lightning.modules.preference import PreferenceModule
 from rto_lightning.modules.reward_model import RewardModelModule
 from rto_lightning.modules.rto import RTOModule
@@ -7,4 +8,13 @@ from rto_lightning.modules.schedules import CosineWithWarmup
 from rto_lightning.modules.sft import SFTModule
 from rto_lightning.modules.stage import StageModule
 
-__all__ = ["CosineWithWarmup", "PreferenceModule", "RTOModule", "RewardModelModule", "SFTModule", "StageModule"]
+__all__ = [
+    "CosineWithWarmup",
+    "PairLogprobs",
+    "PreferenceModule",
+    "RTOModule",
+    "RewardModelModule",
+    "SFTModule",
+    "StageModule",
+    "cached_pair_logprobs",
+]

@@ -9,13 +9,25 @@ from rto_lightning.rollout import Trajectory
 
 
 @dataclass(frozen=True)
+class PolicyReading:
+    """What the policy says of its responses, (B, T) each and 0 outside of them."""
+
+    logprobs: Tensor
+    """Log-probability of each response token, nats."""
+    entropy: Tensor
+    """Of the distribution before each token, nats."""
+    values: Tensor | None = None
+    """Of a critic on the policy's hidden states, before each token, in units of the reward; None without one."""
+
+
+@dataclass(frozen=True)
 class ScoredTrajectory:
     """A trajectory with what the roles say of it. All (B, T) fields are 0 outside the response."""
 
     trajectory: Trajectory
     """The prompts and responses."""
     logprobs: Tensor
-    """Of the policy that sampled them, recomputed by the training forward, (B, T), nats."""
+    """Of the policy that sampled them, by the training forward or, if as exact, the sampling one, (B, T), nats."""
     entropy: Tensor
     """Of the policy before each token, (B, T), nats."""
     kl: Tensor

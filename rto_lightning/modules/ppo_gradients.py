@@ -8,6 +8,7 @@ from torch import Tensor
 from rto_lightning.algorithms import PolicyLossStatistics, aggregate, policy_loss, value_loss
 from rto_lightning.backbone import PolicyBackbone
 from rto_lightning.modules.experience import Experience
+from rto_lightning.modules.reading import by_length
 from rto_lightning.modules.rto_settings import PPOSettings
 
 Backward = Callable[[Tensor], None]
@@ -20,14 +21,37 @@ def accumulate_policy_gradients(
     ppo: PPOSettings,
     temperature: float,
     backward: Backward,
+    value_coefficient: float | None = None,
 ) -> dict[str, Tensor]:
-    """Backward of the clipped policy loss, less the entropy bonus, of the samples `rows`, (M,) int64; gives metrics."""
-    total, statistics = torch.zeros((), device=rows.device), None
+    """Backward of the policy loss of a minibatch, with the value loss of a critic that shares the policy's weights.
+
+        loss = policy loss - entropy_coefficient * entropy + value_coefficient * value loss
+
+    Args:
+        backbone: the model and its roles.
+        experience: B samples.
+        rows: those of the minibatch, (M,) int64.
+        ppo: losses and microbatches.
+        temperature: of the policy that sampled.
+        backward: runs the backward pass of a loss.
+        value_coefficient: weight of the value loss; None where the critic has weights of its own.
+
+    Returns:
+        Metrics of the minibatch.
+    """
+    value_metrics, statistics = _ValueMetrics(rows.device), None
+    total = torch.zeros((), device=rows.device)
     denominator, with_entropy = _denominator(experience, rows, ppo), ppo.entropy_coefficient != 0
-    for part in rows.split(ppo.microbatch_size):
+    for part in by_length(experience.trajectory.sequences, rows).split(ppo.microbatch_size):
         sequences, mask = experience.trajectory.sequences.rows(part), experience.mask[part]
         with backbone.play("policy"):
-            logprobs, entropy = backbone.token_logprobs("policy", sequences, temperature, with_entropy)
+            values: Tensor | None = None
+            if value_coefficient is None:
+                logprobs, entropy = backbone.token_logprobs("policy", sequences, temperature, with_entropy)
+            else:
+                logprobs, entropy, values = backbone.token_logprobs_and_values(
+                    "policy", "critic", sequences, temperature, with_entropy
+                )
             loss, of_part = policy_loss(
                 logprobs,
                 experience.logprobs[part],
@@ -38,43 +62,77 @@ def accumulate_policy_gradients(
                 denominator,
                 dual_clip=ppo.dual_clip,
             )
+            total += loss.detach()
             if entropy is not None:
                 mean_entropy = aggregate(entropy, mask, ppo.aggregation, denominator)
                 loss = loss - ppo.entropy_coefficient * mean_entropy
+                total -= ppo.entropy_coefficient * mean_entropy.detach()
+            if values is not None and value_coefficient is not None:
+                of_values = _value_loss(values, experience, part, ppo, denominator)
+                loss = loss + value_coefficient * value_metrics.add(*of_values)
             backward(loss)
-        total += loss.detach()
         statistics = of_part if statistics is None else statistics + of_part
     assert isinstance(statistics, PolicyLossStatistics)
-    return {
+    metrics = {
         "policy/loss": total,
         "policy/clip_fraction": statistics.clipped / statistics.tokens,
         "policy/approximate_kl": statistics.approximate_kl / statistics.tokens,
         "policy/ratio_deviation": statistics.ratio_deviation,
     }
+    return metrics if value_coefficient is None else metrics | value_metrics.result(experience.mask[rows].sum())
 
 
 def accumulate_value_gradients(
-    backbone: PolicyBackbone, experience: Experience, rows: Tensor, ppo: PPOSettings, backward: Backward
+    backbone: PolicyBackbone,
+    experience: Experience,
+    rows: Tensor,
+    ppo: PPOSettings,
+    backward: Backward,
+    head_only: bool = False,
 ) -> dict[str, Tensor]:
-    """Backward of the value loss of the samples `rows`, (M,) int64; returns metrics of the minibatch."""
-    assert experience.values is not None
-    total, clipped = torch.zeros((), device=rows.device), torch.zeros((), device=rows.device)
-    denominator = _denominator(experience, rows, ppo)
-    for part in rows.split(ppo.microbatch_size):
+    """Backward of the value loss of the samples `rows`, (M,) int64; returns metrics of the minibatch.
+
+    With `head_only` no gradient goes beyond the head: the weights below belong to the policy.
+    """
+    metrics, denominator = _ValueMetrics(rows.device), _denominator(experience, rows, ppo)
+    for part in by_length(experience.trajectory.sequences, rows).split(ppo.microbatch_size):
         with backbone.play("critic"):
-            loss, clipped_part = value_loss(
-                backbone.token_values("critic", experience.trajectory.sequences.rows(part)),
-                experience.values[part],
-                experience.returns[part],
-                experience.mask[part],
-                ppo.value_clip_range,
-                ppo.aggregation,
-                denominator,
-            )
-            backward(loss)
-        total += loss.detach()
-        clipped += clipped_part
-    return {"value/loss": total, "value/clip_fraction": clipped / experience.mask[rows].sum()}
+            sequences = experience.trajectory.sequences.rows(part)
+            values = backbone.token_values("critic", sequences, head_only)
+            backward(metrics.add(*_value_loss(values, experience, part, ppo, denominator)))
+    return metrics.result(experience.mask[rows].sum())
+
+
+class _ValueMetrics:
+    """Sums over microbatches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss, self.clipped = torch.zeros((), device=device), torch.zeros((), device=device)
+
+    def add(self, loss: Tensor, clipped: Tensor) -> Tensor:
+        """Count a microbatch; returns its loss."""
+        self.loss += loss.detach()
+        self.clipped += clipped
+        return loss
+
+    def result(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Metrics of a minibatch with that many response tokens."""
+        return {"value/loss": self.loss, "value/clip_fraction": self.clipped / tokens}
+
+
+def _value_loss(
+    values: Tensor, experience: Experience, rows: Tensor, ppo: PPOSettings, denominator: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    assert experience.values is not None
+    return value_loss(
+        values,
+        experience.values[rows],
+        experience.returns[rows],
+        experience.mask[rows],
+        ppo.value_clip_range,
+        ppo.aggregation,
+        denominator,
+    )
 
 
 def _denominator(experience: Experience, rows: Tensor, ppo: PPOSettings) -> Tensor | float:

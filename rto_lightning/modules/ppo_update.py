@@ -22,6 +22,7 @@ def ppo_update(
     backward: Backward,
     policy: LightningOptimizer | None,
     critic: LightningOptimizer | None,
+    value_coefficient: float | None = None,
 ) -> dict[str, Tensor]:
     """Train policy and critic on each minibatch in turn.
 
@@ -37,6 +38,8 @@ def ppo_update(
         backward: runs the backward pass of a loss.
         policy: optimizer of the policy; None leaves the policy as it is.
         critic: optimizer of the critic; None where there is none.
+        value_coefficient: weight of the value loss in the gradient of a policy whose hidden states the critic reads; None
+            where the critic has weights of its own.
 
     Returns:
         For each metric its mean over the minibatches that have it, detached scalars.
@@ -47,7 +50,9 @@ def ppo_update(
         last = number == len(minibatches) - 1
         metrics: dict[str, Tensor] = {}
         if policy is not None and not stopped:
-            metrics |= accumulate_policy_gradients(backbone, experience, rows, ppo, temperature, backward)
+            metrics |= accumulate_policy_gradients(
+                backbone, experience, rows, ppo, temperature, backward, value_coefficient
+            )
             stopped = ppo.kl_stop is not None and float(metrics["policy/approximate_kl"]) > ppo.kl_stop
             if stopped:
                 policy.zero_grad(set_to_none=True)
@@ -56,7 +61,10 @@ def ppo_update(
                 metrics["policy/gradient_norm"] = _step(backbone, "policy", policy, clip, counted)
                 policy_steps += 1
         if critic is not None:
-            metrics |= accumulate_value_gradients(backbone, experience, rows, ppo, backward)
+            if "value/loss" not in metrics:
+                metrics |= accumulate_value_gradients(
+                    backbone, experience, rows, ppo, backward, head_only=value_coefficient is not None
+                )
             metrics["critic/gradient_norm"] = _step(backbone, "critic", critic, ppo.critic_gradient_clip_val, last)
         history.append(metrics)
     if policy is not None and stopped and critic is None:

@@ -23,6 +23,8 @@ from rto_lightning.backbone import BackboneSettings
 from rto_lightning.data import PreferenceBatch
 from rto_lightning.errors import UserError
 from rto_lightning.evaluation import PairRecords, ranking_accuracies
+from rto_lightning.modules.pair_logprobs import PairLogprobs
+from rto_lightning.modules.reference_cache import cached_reference, check_cacheable
 from rto_lightning.modules.stage import StageModule
 
 BETA = 0.1
@@ -68,6 +70,10 @@ class PreferenceModule(StageModule):
         length_coefficient: Reward that each token of an answer costs, R-DPO's alpha; only with `rdpo`.
         margin: How much higher the chosen reward shall be, SimPO's gamma, not divided by beta; only with `simpo`.
         kl_coefficient: Weight of the KL divergence at each position, TDPO2's alpha; only with `tdpo2`.
+        reference_cache: Folder that keeps the reference's log-probabilities of every pair. They are computed once,
+            before the first step, and read from there in each epoch and in later runs of the same model, data and
+            settings; in mode `full` no reference is held in memory while training. Null computes them in each step. Not
+            with `tdpo1` and `tdpo2`.
         optimizer: Optimizer of the policy.
         lr_scheduler: Learning-rate schedule, stepped after each optimizer step.
     """
@@ -85,6 +91,7 @@ class PreferenceModule(StageModule):
         length_coefficient: float = 0.001,
         margin: float = 0.5,
         kl_coefficient: float = 0.2,
+        reference_cache: str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -95,14 +102,44 @@ class PreferenceModule(StageModule):
         self.length_coefficient = length_coefficient
         self.margin = margin
         self.kl_coefficient = kl_coefficient
+        self.reference_cache = reference_cache
+        self._references: dict[str, PairLogprobs] = {}
+        """The reference's log-probabilities of each split of the running task, where they are cached."""
         self._check_settings()
+
+    def setup(self, stage: str) -> None:
+        """As :meth:`StageModule.setup`; also refuses a `reference_cache` where there can be none, by a UserError."""
+        super().setup(stage)
+        self._references = {}  # of an earlier task, which may have broken off
+        if self._caches_reference:
+            check_cacheable(self.trainer)
 
     def configure_model(self) -> None:
         """Load the base model, add the policy and, where it is read, the frozen reference that it starts as."""
         super().configure_model()
         testing = self._trainer is not None and self.trainer.testing
-        if (self.loss != "simpo" or testing) and "reference" not in self.backbone.roles:
+        # On the shared base a reference costs nothing; a copy of the model is loaded for the cache and dropped again.
+        held = self.settings.mode == "adapters" or not self._caches_reference
+        if held and (self.loss != "simpo" or testing) and "reference" not in self.backbone.roles:
             self.add_reference()
+
+    def on_fit_start(self) -> None:
+        """Read or compute the cached log-probabilities of the training and validation pairs."""
+        if self.loss != "simpo":
+            self._cache_reference("train", "validation")
+
+    def on_validation_start(self) -> None:
+        """The same of the validation pairs, unless training has read them."""
+        if self.loss != "simpo" and "validation" not in self._references:
+            self._cache_reference("validation")
+
+    def on_test_start(self) -> None:
+        """The same of the test pairs."""
+        self._cache_reference("test")
+
+    def teardown(self, stage: str) -> None:
+        """Forget cached log-probabilities: the next task may have other data."""
+        self._references = {}
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Loss of one batch of pairs."""
@@ -157,9 +194,25 @@ class PreferenceModule(StageModule):
                 raise UserError(f"{name} is {value}; set it to a finite number that is not negative.")
         if self.label_smoothing >= 0.5:
             raise UserError(f"label_smoothing is {self.label_smoothing}; set it to at least 0 and below 0.5.")
+        if self.reference_cache is not None and self.loss in ("tdpo1", "tdpo2"):
+            raise UserError(
+                f"reference_cache does not go with loss {self.loss}, which reads the reference's log-probabilities of "
+                "the whole vocabulary, too many to keep; set it to null."
+            )
+
+    @property
+    def _caches_reference(self) -> bool:
+        """Not in `fast_dev_run`, whose one batch is not worth reading all pairs; nor without a trainer."""
+        running = self._trainer is not None and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        return running and self.reference_cache is not None
+
+    def _cache_reference(self, *splits: str) -> None:
+        if self._caches_reference:
+            assert self.reference_cache is not None
+            self._references |= cached_reference(self, self.reference_cache, splits)
 
     def _compare(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, _Answers, PreferenceLoss]:
-        answers = self._read(batch, with_reference=self.loss != "simpo" or split == "test")
+        answers = self._read(batch, split)
         result = self._preference_loss(answers)
         loss = result.losses.mean()
         margins = result.chosen_rewards - result.rejected_rewards
@@ -179,14 +232,16 @@ class PreferenceModule(StageModule):
             self.log(f"{split}/{name}", value.detach(), prog_bar=name in shown, batch_size=len(batch))
         return loss, answers, result
 
-    def _read(self, batch: PreferenceBatch, with_reference: bool) -> _Answers:
+    def _read(self, batch: PreferenceBatch, split: str) -> _Answers:
         sequences, mask = batch.sequences, batch.sequences.response_mask
         kl: Tensor | None = None
         reference: Tensor | None = None
         if self.loss in ("tdpo1", "tdpo2"):
             policy, reference, kl = self.backbone.token_divergence(self.trained_role, "reference", sequences)
         else:
-            if with_reference:
+            if split in self._references:
+                reference = self._references[split].of(batch)
+            elif self.loss != "simpo" or split == "test":
                 with torch.no_grad():
                     reference, _ = self.backbone.token_logprobs("reference", sequences)
             policy, _ = self.backbone.token_logprobs(self.trained_role, sequences)

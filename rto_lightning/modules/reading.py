@@ -1,17 +1,20 @@
-"""Read a trajectory as one role after another, in batches that fit memory."""
+"""Read a trajectory as one role after another, in batches of like length that fit memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from rto_lightning.backbone import Message, PolicyBackbone
+from rto_lightning.backbone import Message, PolicyBackbone, Sequences
 from rto_lightning.rewards import WeightedScores
 from rto_lightning.rollout import Trajectory
 
 
 class TrajectoryReader:
     """What the roles of a backbone say of a trajectory.
+
+    Samples are read longest first, those of like length together, so that little padding is computed and a lack of
+    memory shows at once. Results are in the order of the trajectory.
 
     Args:
         backbone: the model and its roles.
@@ -24,35 +27,60 @@ class TrajectoryReader:
 
     def logprobs(self, role: str, trajectory: Trajectory, temperature: float = 1.0) -> Tensor:
         """Log-probability of each response token, (B, T), nats."""
-        parts = [
-            self.backbone.token_logprobs(role, trajectory.rows(rows).sequences, temperature)[0]
-            for rows in self._batches(trajectory)
-        ]
-        return torch.cat(parts)
+        read = self.backbone.token_logprobs
+        return self._read(trajectory, lambda rows: (read(role, rows, temperature)[0],))[0]
 
     def logprobs_and_entropy(self, role: str, trajectory: Trajectory, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probability of each response token and entropy before it, both (B, T), nats."""
-        logprobs, entropies = [], []
-        for rows in self._batches(trajectory):
-            sequences = trajectory.rows(rows).sequences
-            part, entropy = self.backbone.token_logprobs(role, sequences, temperature, with_entropy=True)
+
+        def read(rows: Sequences) -> tuple[Tensor, ...]:
+            logprobs, entropy = self.backbone.token_logprobs(role, rows, temperature, with_entropy=True)
             assert entropy is not None
-            logprobs.append(part)
-            entropies.append(entropy)
-        return torch.cat(logprobs), torch.cat(entropies)
+            return logprobs, entropy
+
+        logprobs, entropy = self._read(trajectory, read)
+        return logprobs, entropy
+
+    def logprobs_entropy_and_values(
+        self, role: str, value_role: str, trajectory: Trajectory, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`logprobs_and_entropy`, and what the head of `value_role` reads off the same forward, (B, T)."""
+
+        def read(rows: Sequences) -> tuple[Tensor, ...]:
+            logprobs, entropy, values = self.backbone.token_logprobs_and_values(
+                role, value_role, rows, temperature, with_entropy=True
+            )
+            assert entropy is not None
+            return logprobs, entropy, values
+
+        logprobs, entropy, values = self._read(trajectory, read)
+        return logprobs, entropy, values
 
     def values(self, role: str, trajectory: Trajectory) -> Tensor:
         """Value before each response token, (B, T)."""
-        parts = [
-            self.backbone.token_values(role, trajectory.rows(rows).sequences) for rows in self._batches(trajectory)
-        ]
-        return torch.cat(parts)
+        return self._read(trajectory, lambda rows: (self.backbone.token_values(role, rows),))[0]
 
     def scores(self, scores: WeightedScores, trajectory: Trajectory, prompts: list[list[Message]]) -> Tensor:
         """What each of S sources says of each response, (B, S), in the units of the source."""
-        parts = [scores.score(prompts[rows], trajectory.rows(rows)) for rows in self._batches(trajectory)]
-        return torch.cat(parts)
+        batches = by_length(trajectory.sequences).split(self.batch_size)
+        parts = [scores.score([prompts[row] for row in rows.tolist()], trajectory.rows(rows)) for rows in batches]
+        return _in_order(parts, batches)
 
-    def _batches(self, trajectory: Trajectory) -> Iterator[slice]:
-        for start in range(0, len(trajectory.truncated), self.batch_size):
-            yield slice(start, start + self.batch_size)
+    def _read(self, trajectory: Trajectory, read: Callable[[Sequences], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        batches = by_length(trajectory.sequences).split(self.batch_size)
+        parts = [read(trajectory.sequences.rows(rows)) for rows in batches]
+        return tuple(_in_order(tensors, batches) for tensors in zip(*parts, strict=True))
+
+
+def by_length(sequences: Sequences, rows: Tensor | None = None) -> Tensor:
+    """The given rows, or all, longest prompt and response first, (N,) int64; those of one length keep their order."""
+    lengths = sequences.attention_mask.sum(dim=1)
+    if rows is None:
+        return lengths.argsort(descending=True, stable=True)
+    return rows[lengths[rows].argsort(descending=True, stable=True)]
+
+
+def _in_order(parts: list[Tensor] | tuple[Tensor, ...], batches: tuple[Tensor, ...]) -> Tensor:
+    """What was read batch by batch, each row where it belongs."""
+    joined, rows = torch.cat(list(parts)), torch.cat(batches)
+    return torch.empty_like(joined).index_copy(0, rows, joined)

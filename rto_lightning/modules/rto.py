@@ -12,17 +12,18 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rto_lightning.algorithms import adaptive_kl_coefficient, compose_rewards, estimate_advantages, kl_estimate, whiten
-from rto_lightning.backbone import BackboneSettings, Message, sentence_ends
+from rto_lightning.algorithms import adaptive_kl_coefficient, estimate_advantages, whiten
+from rto_lightning.backbone import BackboneSettings, Message
 from rto_lightning.data import PromptBatch
 from rto_lightning.errors import UserError
-from rto_lightning.modules.experience import Experience, ScoredTrajectory
+from rto_lightning.modules.experience import Experience, PolicyReading, ScoredTrajectory
 from rto_lightning.modules.phases import Phases
 from rto_lightning.modules.ppo_update import ppo_update
 from rto_lightning.modules.reading import TrajectoryReader
 from rto_lightning.modules.rto_inputs import check_inputs, reward_sources
 from rto_lightning.modules.rto_roles import add_critic, add_dpo, add_policy_average, average_policy, scale_critic
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
+from rto_lightning.modules.scoring import read_policy, samples_exactly, score_trajectory
 from rto_lightning.modules.stage import StageModule
 from rto_lightning.rewards import WeightedReward, WeightedScores, make_scores
 from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngine, response_texts, sample_seeds
@@ -137,9 +138,9 @@ class RTOModule(StageModule):
 
     def _add_training_roles(self) -> None:
         if self.ppo.has_critic and "critic" not in self.backbone.roles:
-            add_critic(self.backbone, self.critic.init)
+            add_critic(self.backbone, self.critic)
             if self.scores is not None:
-                scale_critic(self.backbone, self.critic.init, self.scores, self.rewards.beta_3)
+                scale_critic(self.backbone, self.critic, self.scores, self.rewards.beta_3)
 
     @property
     def saved_role(self) -> str:
@@ -160,6 +161,11 @@ class RTOModule(StageModule):
             self.ppo.check_group(self.rollout_settings.responses_per_prompt)
             if self.rollout_settings.temperature <= 0:
                 raise UserError("rollout.temperature is 0, which gives PPO nothing to learn from; set it above 0.")
+
+    def named_optimizers(self) -> dict[str, OptimizerCallable]:
+        """As :meth:`StageModule.named_optimizers`."""
+        critic = {"model.critic_optimizer": self.critic_optimizer} if self.ppo.has_critic else {}
+        return {"model.policy_optimizer": self.optimizer, **critic}
 
     def configure_optimizers(self) -> Any:
         """Policy and, with a critic, critic, in this order, each with its own schedule."""
@@ -206,7 +212,7 @@ class RTOModule(StageModule):
         units_are_new = not self.scores.normalizer().ready
         self.scores.measure(scores[:wanted])
         if units_are_new and self.critic.init == "reward" and "critic" in self.backbone.roles:
-            scale_critic(self.backbone, self.critic.init, self.scores, self.rewards.beta_3)
+            scale_critic(self.backbone, self.critic, self.scores, self.rewards.beta_3)
 
     # One iteration ------------------------------------------------------------------------------------------------
 
@@ -240,7 +246,11 @@ class RTOModule(StageModule):
             role: who answers.
         """
         seeds = sample_seeds(self.seed, iteration, batch.index)
-        return self.engine.rollout(role, batch.input_ids, batch.attention_mask, seeds)
+        keep = self._keeps_sampling_logprobs
+        head = self.backbone.head(self._value_role) if keep and role == "policy" and self._value_role else None
+        return self.engine.rollout(
+            role, batch.input_ids, batch.attention_mask, seeds, with_logprobs=keep, value_head=head
+        )
 
     @torch.no_grad()
     def reward(self, trajectory: Trajectory, prompts: list[list[Message]], role: str = "policy") -> ScoredTrajectory:
@@ -251,43 +261,8 @@ class RTOModule(StageModule):
             prompts: the messages of the prompts, for reward sources that read text.
             role: whose responses they are.
         """
-        temperature, sequences = self.rollout_settings.temperature or 1.0, trajectory.sequences
-        mask = sequences.response_mask
-        logprobs, entropy = self.reader.logprobs_and_entropy(role, trajectory, temperature)
-        reference = self.reader.logprobs("reference", trajectory, temperature)
-        dpo = dpo_reference = ends = None
-        if self.rewards.beta_1 != 0:
-            # DPO and its reference are read at temperature 1, where DPO was trained.
-            dpo = self.reader.logprobs("dpo", trajectory)
-            if self.dpo_reference is not None:
-                dpo_reference = self.reader.logprobs("dpo_reference", trajectory)
-            elif temperature != 1.0:
-                dpo_reference = self.reader.logprobs("reference", trajectory)
-            if self.rewards.granularity == "sentence":
-                ends = sentence_ends(self.chat.tokenizer, sequences.response_ids, mask)
-        scores = self.reader.scores(self.scores, trajectory, prompts) if self.scores is not None else None
-        terms = compose_rewards(
-            logprobs,
-            reference,
-            dpo,
-            dpo_reference,
-            self.scores.combine(scores) if self.scores is not None and scores is not None else None,
-            mask,
-            beta_1=self.rewards.beta_1,
-            beta_2=float(self.kl_coefficient),
-            beta_3=self.rewards.beta_3,
-            token_reward_clip=self.rewards.token_reward_clip,
-            score_clip=self.rewards.score_clip,
-            kl_estimator=self.rewards.kl_estimator,
-            truncated=trajectory.truncated,
-            truncation_penalty=self.rewards.truncation_penalty,
-            granularity=self.rewards.granularity,
-            sentence_ends=ends,
-            min_response_tokens=self.rewards.min_response_tokens,
-            short_penalty=self.rewards.short_penalty,
-        )
-        kl = kl_estimate(logprobs, reference, mask, "k1")
-        return ScoredTrajectory(trajectory, logprobs, entropy, kl, scores, terms)
+        policy = read_policy(self.reader, role, trajectory, self._temperature)
+        return self._reward(trajectory, policy, prompts)
 
     @torch.no_grad()
     def score(self, trajectory: Trajectory, prompts: list[list[Message]]) -> Experience:
@@ -297,9 +272,12 @@ class RTOModule(StageModule):
             trajectory: B prompts with a response each; responses to one prompt are neighbours.
             prompts: the messages of the prompts, for reward sources that read text.
         """
-        scored = self.reward(trajectory, prompts)
-        values = self.reader.values("critic", trajectory) if self.ppo.has_critic else None
         ppo, group_size = self.ppo, self.rollout_settings.responses_per_prompt
+        policy = read_policy(self.reader, "policy", trajectory, self._temperature, self._value_role)
+        scored = self._reward(trajectory, policy, prompts)
+        values = policy.values
+        if ppo.has_critic and values is None:
+            values = self.reader.values("critic", trajectory)
         advantages, returns = estimate_advantages(
             ppo.estimator, scored.terms, scored.mask, ppo.gamma, ppo.lam, values, group_size
         )
@@ -335,6 +313,7 @@ class RTOModule(StageModule):
             self.manual_backward,
             policy if train_policy else None,
             critic,
+            self.critic.value_coefficient if critic is not None and self.critic.shared else None,
         )
         for name, scheduler in self._schedulers.items():
             if name == "critic" or train_policy:
@@ -386,6 +365,36 @@ class RTOModule(StageModule):
     def _measure_if_needed(self, dataloader: Callable[[], Iterable[PromptBatch]]) -> None:
         if self.scores is not None and not self.scores.ready:
             self.measure_score_statistics(dataloader())
+
+    @property
+    def _temperature(self) -> float:
+        """At which policy and reference are read; greedy answers are read at 1."""
+        return self.rollout_settings.temperature or 1.0
+
+    @property
+    def _value_role(self) -> str | None:
+        """The critic, if it is there and read off the policy's own forward."""
+        return "critic" if self.critic.shared and "critic" in self.backbone.roles else None
+
+    @property
+    def _keeps_sampling_logprobs(self) -> bool:
+        if self.ppo.sampling_logprobs is not None:
+            return self.ppo.sampling_logprobs
+        precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
+        return samples_exactly(self.settings.frozen_dtype, self.settings.quantization is not None, precision)
+
+    def _reward(self, trajectory: Trajectory, policy: PolicyReading, prompts: list[list[Message]]) -> ScoredTrajectory:
+        return score_trajectory(
+            self.backbone,
+            self.reader,
+            trajectory,
+            policy,
+            prompts,
+            self._temperature,
+            self.rewards,
+            float(self.kl_coefficient),
+            self.scores,
+        )
 
     def _adapt_kl_coefficient(self, target: float, kl: float, samples: int) -> None:
         adapted = adaptive_kl_coefficient(float(self.kl_coefficient), kl, target, self.rewards.kl_horizon, samples)

@@ -48,6 +48,8 @@ def check_inputs(
                 f"critic.warmup_iterations waits for a critic, and ppo.estimator {ppo.estimator} has none; set it to 0."
             )
         return
+    if critic.shared:
+        return
     if critic.init == "reward" and (not saved or saved[0] is None):
         raise UserError(
             "critic.init is reward, but model.reward is no saved reward role; set critic.init to policy or to a folder."

@@ -6,6 +6,7 @@ import torch
 
 from rto_lightning.backbone import PolicyBackbone
 from rto_lightning.errors import UserError
+from rto_lightning.modules.rto_settings import CriticSettings
 from rto_lightning.rewards import WeightedScores
 
 
@@ -33,9 +34,12 @@ def add_dpo(backbone: PolicyBackbone, dpo: str, dpo_reference: str | None, init_
         )
 
 
-def add_critic(backbone: PolicyBackbone, init: str) -> None:
-    """Add the critic, which starts as `init` says; see :class:`CriticSettings`."""
-    if init == "reward":
+def add_critic(backbone: PolicyBackbone, critic: CriticSettings) -> None:
+    """Add the critic, which is and starts as the settings say."""
+    init = critic.init
+    if critic.shared:
+        backbone.share_role("policy", "critic")
+    elif init == "reward":
         backbone.copy_role("reward", "critic", trainable=True, scalar_head=True)
     elif init == "policy":
         backbone.copy_role("reference", "critic", trainable=True, scalar_head=True)
@@ -43,13 +47,15 @@ def add_critic(backbone: PolicyBackbone, init: str) -> None:
         backbone.add_role("critic", init, trainable=True, scalar_head=True)
 
 
-def scale_critic(backbone: PolicyBackbone, init: str, scores: WeightedScores, beta_3: float) -> None:
+def scale_critic(backbone: PolicyBackbone, critic: CriticSettings, scores: WeightedScores, beta_3: float) -> None:
     """Bring a critic that starts as a reward role to units of the reward, beta_3 * weight * (score - mean) / std.
 
     Mean and deviation are those of the role that it starts as; where they are not known (yet), nothing happens.
     """
     statistics: Sequence[float | None]
-    if init == "reward":
+    if critic.shared:
+        return
+    if critic.init == "reward":
         if not scores.normalizer().ready:
             return
         statistics, weight = scores.normalizer().mean_std.tolist(), scores.weights[0]

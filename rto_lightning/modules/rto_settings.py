@@ -100,6 +100,10 @@ class PPOSettings:
     """New values count up to old values +- this; null is off."""
     aggregation: Literal["sequence", "token"] = "sequence"
     """Mean over each response's tokens and then over responses, or over all tokens."""
+    sampling_logprobs: bool | None = None
+    """Take the log-probabilities of the policy that sampled, and a shared critic's values, from the sampling forwards
+    instead of a pass of their own over the responses. Null does so where that is exact but for rounding: frozen weights
+    and `trainer.precision` of 32 or 64 bits. In 16 bits the two differ by about 0.04 nats a token."""
     policy_gradient_clip_val: float | None = 1.0
     """Largest gradient norm of the policy; null is off."""
     critic_gradient_clip_val: float | None = 1.0
@@ -150,14 +154,19 @@ class PPOSettings:
 
 @dataclass
 class CriticSettings:
-    """Where the critic starts."""
+    """What the critic is and where it starts."""
 
     init: str = "reward"
     """`reward` (the reward role, head rescaled to normalised units), `policy` (the policy's start with a head of
     zeros), or the folder of a saved role."""
+    shared: bool = False
+    """Read values off the policy's own hidden states by a head of zeros, the only weights of such a critic: one forward
+    and one backward train both. `init` is then not read."""
+    value_coefficient: float = 0.1
+    """Weight of the value loss in what the shared weights learn; only with `shared`."""
     warmup_iterations: int = 0
     """First iterations in which the critic alone is trained."""
 
     def __post_init__(self) -> None:
         """Raise UserError for values that no run can use."""
-        check_settings("model.critic", self, not_negative=("warmup_iterations",))
+        check_settings("model.critic", self, positive=("value_coefficient",), not_negative=("warmup_iterations",))

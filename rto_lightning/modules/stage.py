@@ -14,6 +14,7 @@ from rto_lightning.backbone import BackboneSettings, ChatTokenizer, PolicyBackbo
 from rto_lightning.backbone.fingerprints import adapter_fingerprint
 from rto_lightning.backbone.roles import check_init, role_folder
 from rto_lightning.errors import UserError
+from rto_lightning.optimizers import build_optimizer, check_optimizer
 
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
@@ -65,10 +66,11 @@ class StageModule(LightningModule):
         return load_chat_tokenizer(self.settings)
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that would round the trained weights.
+        """Refuse a precision that would round the trained weights, and optimizers that do not work on the device.
 
         Raises:
-            UserError: if `trainer.precision` is not one of `32-true`, `bf16-mixed` and `64-true`.
+            UserError: if `trainer.precision` is not one of `32-true`, `bf16-mixed` and `64-true`; in training also if
+                an optimizer cannot take a step on the device.
         """
         precision = str(self.trainer.precision)
         if precision not in PRECISIONS:
@@ -77,6 +79,13 @@ class StageModule(LightningModule):
                 "masters and both optimizers the same scale; use 32-true or bf16-mixed, and "
                 "model.backbone.dtype bfloat16 to hold frozen weights in 16 bits."
             )
+        if stage == "fit":
+            for key, make in self.named_optimizers().items():
+                check_optimizer(make, key, self.trainer.strategy.root_device, self.settings.trained_dtype)
+
+    def named_optimizers(self) -> dict[str, OptimizerCallable]:
+        """What makes each optimizer of the stage, by its key in a configuration."""
+        return {"model.optimizer": self.optimizer}
 
     def configure_model(self) -> None:
         """Load the base model and add the roles, once."""
@@ -99,7 +108,7 @@ class StageModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the trained role and its schedule."""
-        optimizer = self.optimizer(self.backbone.trained_parameters(self.trained_role))
+        optimizer = build_optimizer(self.optimizer, self.backbone.trained_parameters(self.trained_role))
         if self.lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}

@@ -18,12 +18,31 @@ class Trajectory:
     truncated: Tensor
     """Responses that reached the length limit without a stop id, (B,) bool."""
 
+    logprobs: Tensor | None = None
+    """Log-probability of each response token in nats, (B, T) float32 (float64 if the logits are), 0 outside the
+    response; None if not asked for. At the sampling temperature, and from the forward that sampled it: in bfloat16 it
+    differs from that of a pass over the whole response by about 0.04 nats a token."""
+    entropies: Tensor | None = None
+    """Entropy of the distribution before each response token; as `logprobs` in every other way."""
+    values: Tensor | None = None
+    """Value before each response token, (B, T) float32 or float64, 0 outside the response: a value head on the hidden
+    state that predicts the token, from the forward that sampled it; None if no head was given."""
+
     def rows(self, index: Tensor | slice) -> "Trajectory":
         """The samples that `index` selects, at the same widths."""
-        return Trajectory(self.sequences.rows(index), self.truncated[index])
+        read = (None if table is None else table[index] for table in self._read_while_sampling())
+        return Trajectory(self.sequences.rows(index), self.truncated[index], *read)
 
     @classmethod
-    def from_tokens(cls, tokens: Tensor, prompt_attention_mask: Tensor, stop_ids: tuple[int, ...]) -> "Trajectory":
+    def from_tokens(
+        cls,
+        tokens: Tensor,
+        prompt_attention_mask: Tensor,
+        stop_ids: tuple[int, ...],
+        logprobs: Tensor | None = None,
+        entropies: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> "Trajectory":
         """Build it from what an engine sampled.
 
         A response ends with the first stop id; what stands after it is padding. Lengths come from there, never from
@@ -33,6 +52,9 @@ class Trajectory:
             tokens: prompts and responses, (B, P+T) int64.
             prompt_attention_mask: 1 on prompt tokens, (B, P).
             stop_ids: ids that end a response.
+            logprobs: log-probability of each response token, (B, T).
+            entropies: entropy before each response token, (B, T).
+            values: value before each response token, (B, T).
         """
         prompt_width = prompt_attention_mask.shape[1]
         responses = tokens[:, prompt_width:]
@@ -44,23 +66,38 @@ class Trajectory:
         response_mask = response_mask_from_lengths(lengths, width)
         attention_mask = torch.cat([prompt_attention_mask, response_mask.to(prompt_attention_mask.dtype)], dim=1)
         sequences = Sequences(tokens[:, : prompt_width + width], attention_mask, response_mask)
-        return cls(sequences, ~stopped)
+        read = (
+            None if table is None else table[:, :width].masked_fill(~response_mask, 0.0)
+            for table in (logprobs, entropies, values)
+        )
+        return cls(sequences, ~stopped, *read)
 
     @classmethod
     def concatenate(cls, parts: list["Trajectory"], pad_id: int) -> "Trajectory":
-        """Join trajectories whose prompts have the same width; responses are padded to the longest."""
+        """Join trajectories whose prompts have the same width; responses are padded to the longest.
+
+        Log-probabilities, entropies and values are kept if every part has them.
+        """
         width = max(part.sequences.response_width for part in parts)
 
-        def widen(tensor: Tensor, missing: int, value: int) -> Tensor:
-            return torch.nn.functional.pad(tensor, (0, missing), value=value)
+        def join(tables: list[Tensor], value: float) -> Tensor:
+            missing = [width - part.sequences.response_width for part in parts]
+            pad = torch.nn.functional.pad
+            return torch.cat([pad(table, (0, m), value=value) for table, m in zip(tables, missing, strict=True)])
 
-        missing = [width - part.sequences.response_width for part in parts]
         sequences = Sequences(
-            torch.cat([widen(p.sequences.input_ids, m, pad_id) for p, m in zip(parts, missing, strict=True)]),
-            torch.cat([widen(p.sequences.attention_mask, m, 0) for p, m in zip(parts, missing, strict=True)]),
-            torch.cat([widen(p.sequences.response_mask, m, 0) for p, m in zip(parts, missing, strict=True)]),
+            join([part.sequences.input_ids for part in parts], pad_id),
+            join([part.sequences.attention_mask for part in parts], 0),
+            join([part.sequences.response_mask for part in parts], 0),
         )
-        return cls(sequences, torch.cat([part.truncated for part in parts]))
+        read = (
+            None if any(table is None for table in tables) else join(list(tables), 0.0)
+            for tables in zip(*(part._read_while_sampling() for part in parts), strict=True)
+        )
+        return cls(sequences, torch.cat([part.truncated for part in parts]), *read)
+
+    def _read_while_sampling(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.logprobs, self.entropies, self.values
 
 
 def response_texts(trajectory: Trajectory, chat: ChatTokenizer) -> list[str]:

@@ -1,11 +1,11 @@
-"""Rollouts with transformers' `generate`, inside the training process."""
+"""Rollouts with the transformers model that is trained, inside the training process."""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
 
-from rto_lightning.backbone import PolicyBackbone
+from rto_lightning.backbone import Decoded, PolicyBackbone, ValueHead
 from rto_lightning.errors import UserError, check_settings
 from rto_lightning.rollout.sampling import SeededSampling
 from rto_lightning.rollout.trajectory import Trajectory
@@ -22,7 +22,8 @@ class RolloutSettings:
     responses_per_prompt: int = 1
     """Responses to each prompt in training; held-out prompts get one."""
     batch_size: int | None = None
-    """Responses that are sampled at a time; null takes all of the iteration at once."""
+    """Responses that are sampled at a time, which bounds the key-value cache; null takes all of the iteration at once.
+    It changes neither what is drawn nor the order of the responses."""
 
     def __post_init__(self) -> None:
         """Raise UserError for values that no run can use."""
@@ -50,8 +51,19 @@ class TransformersEngine:
         self.backbone = backbone
         self.settings = settings
 
-    def rollout(self, role: str, input_ids: Tensor, attention_mask: Tensor, seeds: list[int]) -> Trajectory:
+    def rollout(
+        self,
+        role: str,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        seeds: list[int],
+        *,
+        with_logprobs: bool = False,
+        value_head: ValueHead | None = None,
+    ) -> Trajectory:
         """Sample one response for each prompt.
+
+        Prompts of like length are sampled together, and neighbours with the same prompt share its forward.
 
         Args:
             role: who speaks.
@@ -59,24 +71,37 @@ class TransformersEngine:
             attention_mask: 1 on prompt tokens, (B, P).
             seeds: one for each prompt; the same seed and prompt give the same response in any batch, as far as the
                 arithmetic of the model does.
-        """
-        size = self.settings.batch_size or len(seeds)
-        parts = [
-            self._generate(role, input_ids[i : i + size], attention_mask[i : i + size], seeds[i : i + size])
-            for i in range(0, len(seeds), size)
-        ]
-        return Trajectory.concatenate(parts, self.backbone.chat.pad_id)
+            with_logprobs: also keep log-probabilities and entropies, at the temperature of the settings (1 if greedy).
+            value_head: maps hidden states (N, H) of the role to values (N,), for a critic on the role's own trunk.
 
-    def _generate(self, role: str, input_ids: Tensor, attention_mask: Tensor, seeds: list[int]) -> Trajectory:
-        chat, settings = self.backbone.chat, self.settings
-        config = GenerationConfig(
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(chat.stop_ids),
-            pad_token_id=chat.pad_id,
-        )
-        processors = LogitsProcessorList()
-        if settings.temperature > 0:
-            processors.append(SeededSampling(seeds, settings.max_new_tokens, settings.temperature))
-        tokens = self.backbone.generate(role, input_ids, attention_mask, config, logits_processor=processors)
-        return Trajectory.from_tokens(tokens, attention_mask, chat.stop_ids)
+        Returns:
+            The trajectory, with prompts as wide as they came and rows in the order in which they came.
+        """
+        settings, chat = self.settings, self.backbone.chat
+        lengths = attention_mask.sum(-1)
+        # The longest first: if memory is short, that shows at once. Stable, so that equal prompts stay neighbours.
+        order = lengths.argsort(descending=True, stable=True)
+        parts = []
+        for rows in order.split(settings.batch_size or len(seeds)):
+            columns = slice(input_ids.shape[1] - int(lengths[rows[0]]), None)
+            draw = SeededSampling(
+                [seeds[row] for row in rows.tolist()], settings.max_new_tokens, settings.temperature, with_logprobs
+            )
+            ids, mask = input_ids[rows, columns], attention_mask[rows, columns]
+            parts.append(self.backbone.decode(role, ids, mask, draw, settings.max_new_tokens, value_head))
+        decoded = _join(parts, order.argsort(), chat.pad_id)
+        tokens = torch.cat([input_ids, decoded.tokens], dim=1)
+        return Trajectory.from_tokens(tokens, attention_mask, chat.stop_ids, *decoded[1:])
+
+
+def _join(parts: list[Decoded], order: Tensor, pad_id: int) -> Decoded:
+    """Batches below each other, padded to the longest response, with their rows in this order."""
+    width = max(part.tokens.shape[1] for part in parts)
+
+    def join(tables: list[Tensor], value: int) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=value) for t in tables])[order]
+
+    tokens, *read = zip(*parts, strict=True)
+    return Decoded(
+        join(list(tokens), pad_id), *(None if tables[0] is None else join(list(tables), 0) for tables in read)
+    )

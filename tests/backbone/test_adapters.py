@@ -6,6 +6,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rto_lightning.errors import UserError
+from rto_lightning.rollout import RolloutSettings, TransformersEngine
 from tests.models import make_backbone, randomize, some_sequences, write_tiny_model
 
 
@@ -32,10 +33,8 @@ def test_policy_and_critic_both_get_gradients(backbone):
 def test_gradients_survive_rollout_and_reference_forward(backbone):
     sequences = some_sequences()
     width = sequences.prompt_width
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=2, pad_token_id=2)
-    backbone.generate("policy", sequences.input_ids[:, :width], sequences.attention_mask[:, :width], config)
+    engine = TransformersEngine(backbone, RolloutSettings(max_new_tokens=2))
+    engine.rollout("policy", sequences.input_ids[:, :width], sequences.attention_mask[:, :width], [0, 1, 2])
     with torch.no_grad():
         backbone.token_logprobs("reference", sequences)
     logprobs, _ = backbone.token_logprobs("policy", sequences)
