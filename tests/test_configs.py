@@ -26,7 +26,7 @@ from rto_lightning.cli.pipeline_settings import load_pipeline
 from rto_lightning.quickstart.grammar import all_requests, sample_review
 from rto_lightning.quickstart.jsonl import write_jsonl
 from rto_lightning.quickstart.model import TinyModelSettings, write_tiny_model
-from tests.models import write_tiny_neox
+from tests.models import write_tiny_neox, write_tiny_qwen2
 from tests.roles import save_random_role
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +62,7 @@ DATA = {
 BACKBONES: dict[tuple[str, str], dict[str, Any]] = {
     ("llama", "adapters"): {},
     ("llama", "full"): {"mode": "full"},
+    ("qwen", "adapters"): {},
     ("pythia", "full"): {"mode": "full", "chat_template": "plain"},
 }
 """For each architecture and mode, the settings with which a dpo and a reward role are made."""
@@ -85,6 +86,7 @@ def inputs(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("inputs")
     write_tiny_model(folder / "llama", settings=TinyModelSettings(16, 32, layers=1, heads=2))
     write_tiny_neox(folder / "pythia")
+    write_tiny_qwen2(folder / "qwen")
     rng = random.Random(0)
     requests = rng.sample(all_requests(), BATCH)
     rows = [
@@ -109,7 +111,7 @@ def class_path(settings: dict[str, Any], part: str, known: dict[str, Any]) -> st
 
 
 def architecture_of(path: Path) -> str:
-    return "pythia" if "pythia" in name_of(path) else "llama"
+    return next((name for name in ("pythia", "qwen") if name in name_of(path)), "llama")
 
 
 def last_value(contents: list[dict[str, Any]], key: str) -> Any:
@@ -276,7 +278,7 @@ def read_only_stages(monkeypatch) -> dict[str, Any]:
 def test_a_pipeline_gives_its_stages_what_they_take(path: Path, tmp_path: Path, monkeypatch, read_only_stages) -> None:
     monkeypatch.chdir(tmp_path)
     settings = load_pipeline(path)
-    assert all((path.parent / stage.fit).is_file() for stage in settings.stages if stage.fit is not None)
+    assert all((path.parent / name).is_file() for stage in settings.stages for name in stage.files)
     assert main(["pipeline", "--config", str(path), "--output_dir", "out"]) == 0
     folders = {stage.name: str(tmp_path / "out" / stage.name) for stage in settings.stages}
     assert list(read_only_stages) == list(folders)

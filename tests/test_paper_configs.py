@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.optim import PagedAdamW8bit
 from torch.nn import Parameter
 
 from rto_lightning.backbone import RoleCard
@@ -20,6 +21,7 @@ from rto_lightning.cli.lightning_cli import RTOCLI
 from tests.test_configs import ROOT, files_of
 
 LLAMA, PYTHIA = ROOT / "configs/llama3_8b", ROOT / "configs/tldr_pythia_2.8b"
+QLORA = LLAMA / "qlora_24gb"
 PAIRS = 61_135
 """Rows of HuggingFaceH4/ultrafeedback_binarized:train_prefs."""
 PROMPTS = 60_000
@@ -33,7 +35,7 @@ TORCH_ADAMW = {"class": torch.optim.AdamW, "betas": (0.9, 0.999), "weight_decay"
 def load(tmp_path: Path, monkeypatch):
     """Instantiates what a file says, with its overlays, in a folder where every role exists that a file names."""
     monkeypatch.chdir(tmp_path)
-    for folder in (LLAMA.name, PYTHIA.name):
+    for folder in (LLAMA.name, f"{LLAMA.name}/{QLORA.name}", PYTHIA.name):
         for role, stage in STAGE_OF_ROLE.items():
             saved = tmp_path / "outputs" / folder / stage / "role"
             saved.mkdir(parents=True)
@@ -164,6 +166,36 @@ def test_lora_overlays_every_file(name: str, load) -> None:
     cli = load(LLAMA / f"{name}.yaml", f"--config={LLAMA / 'lora.yaml'}")
     assert (cli.model.settings.mode, cli.model.settings.lora.rank) == ("adapters", 16)
     assert cli.model.settings.model == "OpenRLHF/Llama-3-8b-sft-mixture"  # what the file says is kept
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_qlora_holds_every_stage_on_one_small_gpu(load) -> None:
+    dpo, reward_model, rto = (load(QLORA / f"{name}.yaml") for name in ("dpo", "reward_model", "rto"))
+    for cli in (dpo, reward_model, rto):
+        settings = cli.model.settings
+        assert (settings.model, settings.mode, settings.quantization) == (
+            "OpenRLHF/Llama-3-8b-sft-mixture", "adapters", "nf4",
+        )  # fmt: skip
+        assert (settings.gradient_checkpointing, settings.lora.rank, settings.lora.alpha) == (True, 16, 32)
+        assert settings.lora == dpo.model.settings.lora and cli.trainer.precision == "bf16-mixed"
+        assert_limits(cli, 1024, 1024)
+    paged = {"class": PagedAdamW8bit, "betas": (0.9, 0.95), "weight_decay": 0}
+    assert built(dpo.model.optimizer, 5e-5) == built(reward_model.model.optimizer, 1e-4) == paged
+    assert built(rto.model.optimizer, 5e-5) == built(rto.model.critic_optimizer, 1e-4) == paged
+    for cli in (dpo, reward_model):
+        batch = cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches
+        assert (cli.datamodule.batch_size, batch, cli.datamodule.max_train_rows) == (1, 64, 20_000)
+        assert_cosine(cli.model.lr_scheduler, math.ceil(20_000 / batch))
+    assert reward_model.model.score_statistics.samples == 0 and rto.model.rewards.normalize_score
+    assert rto.datamodule.batch_size % rto.model.ppo.minibatch_size == 0
+    assert (rto.model.rollout_settings.batch_size, rto.model.ppo.microbatch_size) == (32, 2)
+    for schedule in (rto.model.lr_scheduler, rto.model.critic_scheduler):
+        assert_cosine(schedule, rto.trainer.max_steps)
+    assert rto.model.dpo == "outputs/llama3_8b/qlora_24gb/dpo/role"
+    assert [source.reward for source in rto.model.sources] == ["outputs/llama3_8b/qlora_24gb/reward_model/role"]
+    paper = load(LLAMA / "rto.yaml").model
+    assert (rto.model.rewards, rto.model.critic) == (paper.rewards, paper.critic)
+    assert rto.model.ppo.clip_range == paper.ppo.clip_range
 
 
 def test_summarization_without_a_reward_model(load) -> None:

@@ -1,4 +1,4 @@
-"""The `rto-lightning` command: `fit`, `validate`, `test`, `predict` on a stage, `pipeline` on a list of them.
+"""The `rto-lightning` command: `fit`, `validate`, `test`, `predict`, `plan` on a stage, `pipeline` on a list of them.
 
 This file decides which command is meant and how errors are shown. What needs Lightning and torch is imported
 only once it is needed, so that help, version and misspelled paths are answered at once.
@@ -21,6 +21,8 @@ commands on one stage (SFT, DPO, reward model or RTO, as the configuration says)
   predict --config FILE.yaml    write its answers
                                 Several --config files and options such as --trainer.max_steps 10 may follow;
                                 the later one wins.
+  plan --config FILE.yaml       print the memory that fit would take, from the settings and the model's config.json;
+                                --json prints it for machines
 command on a list of stages:
   pipeline --config FILE.yaml   run the stages in order, and skip what is done
 
@@ -61,8 +63,12 @@ def _dispatch(arguments: list[str]) -> None:
         from rto_lightning.cli.pipeline import main as pipeline_main
 
         pipeline_main(arguments[1:])
+    elif command == "plan":
+        from rto_lightning.cli.plan import main as plan_main
+
+        plan_main(arguments[1:])
     elif command in STAGE_COMMANDS:
         run_stage(arguments)
     else:
-        known = ", ".join([*STAGE_COMMANDS, "pipeline"])
+        known = ", ".join([*STAGE_COMMANDS, "plan", "pipeline"])
         raise ConfigurationError(f"unknown command `{command}`; choose one of {known} (--help explains them).")

@@ -94,7 +94,9 @@ def run_pipeline(settings: PipelineSettings, path: str | Path) -> list[StageResu
             print(f"{title}: done before ({seconds:.0f} s), skipped", flush=True)
             results.append(StageResult(stage.name, seconds, "done before"))
             continue
-        what = f"fit {base / stage.fit}" if stage.fit is not None else f"run {stage.run}"
+        what = (
+            f"run {stage.run}" if stage.fit is None else " ".join(["fit", *(str(base / file) for file in stage.files)])
+        )
         folder = output_dir / stage.name
         moved = _move_aside(folder)
         if moved is not None:
@@ -144,7 +146,8 @@ def _run(stage: StageSettings, settings: PipelineSettings, output_dir: Path, bas
         return
     options = [f"--{key}={_as_option(value)}" for key, value in arguments.items()]
     fixed = [f"--trainer.default_root_dir={folder}", f"--seed_everything={settings.seed}"]
-    run_stage(["fit", "--config", str(base / stage.fit), *fixed, *options])
+    configs = [f"--config={base / file}" for file in stage.files]
+    run_stage(["fit", *configs, *fixed, *options])
     if not (folder / "role").is_dir():
         raise UserError(f"training ended without a role in {folder / 'role'}; see its log for the reason.")
 

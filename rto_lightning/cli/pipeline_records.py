@@ -43,7 +43,8 @@ def stage_inputs(
     stage: StageSettings, seed: int, base: Path, records: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Everything that decides what a stage makes."""
-    config = None if stage.fit is None else hashlib.sha256((base / stage.fit).read_bytes()).hexdigest()
+    hashes = [hashlib.sha256((base / file).read_bytes()).hexdigest() for file in stage.files]
+    config = hashes if len(hashes) > 1 else "".join(hashes) or None
     named = {}
     for name in stage.named_stages():
         record = records.get(name)

@@ -7,6 +7,7 @@
         run: rto_lightning.quickstart.world:write_world
       - name: sft
         fit: sft.yaml                   # relative to this file; runs `rto-lightning fit --config sft.yaml`
+                                        # [sft.yaml, overlay.yaml] gives several, of which the later one wins
         arguments:                      # settings that override those of the file
           model.backbone.model: "{world}/model"
 
@@ -37,12 +38,17 @@ class StageSettings:
 
     name: str
     """Name of the stage and of its folder."""
-    fit: str | None = None
-    """Configuration of the stage to train, relative to the pipeline file."""
+    fit: str | list[str] | None = None
+    """Configuration of the stage to train, or several that overlay each other, relative to the pipeline file."""
     run: str | None = None
     """Function to call instead, as `module:function`."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Overrides of the configuration (dotted keys), or arguments of the function."""
+
+    @property
+    def files(self) -> list[str]:
+        """The configurations of `fit`, in their order; none for `run`."""
+        return [self.fit] if isinstance(self.fit, str) else list(self.fit or [])
 
     def named_stages(self) -> list[str]:
         """The stages that the arguments name, in order of appearance."""
@@ -115,9 +121,10 @@ def override_arguments(settings: PipelineSettings, overrides: Sequence[str]) -> 
 
 def _check_keys(content: Mapping[str, Any], settings: type, where: str) -> None:
     """Checks the keys of a mapping, and the types of their values, against a settings dataclass."""
-    kinds = {
+    kinds: dict[str, tuple[Any, str]] = {
         "stages": (list, "a list"),
         "arguments": (dict, "a mapping"),
+        "fit": ((str, list), "a file or a list of files"),
         "seed": (int, "a whole number"),
     }
     fields = {item.name: item for item in dataclasses.fields(settings)}
@@ -143,8 +150,11 @@ def _check_stage(stage: StageSettings, earlier: Sequence[StageSettings], path: P
         raise ConfigurationError(f"{where}: an earlier stage has the same name; names must differ.")
     if (stage.fit is None) == (stage.run is None):
         raise ConfigurationError(f"{where}: give either `fit` (a configuration file) or `run` (module:function).")
-    if stage.fit is not None and not (path.parent / stage.fit).is_file():
-        raise ConfigurationError(f"{where}: the file {path.parent / stage.fit} of `fit` does not exist.")
+    if stage.fit is not None and not stage.files:
+        raise ConfigurationError(f"{where}: `fit` is an empty list; give at least one file.")
+    for name in stage.files:
+        if not isinstance(name, str) or not (path.parent / name).is_file():
+            raise ConfigurationError(f"{where}: the file {path.parent / str(name)} of `fit` does not exist.")
     if stage.run is not None and not all(stage.run.partition(":")):
         raise ConfigurationError(f"{where}: `run` must have the form module:function, not {stage.run}.")
     _check_named_stages(stage, names, where)

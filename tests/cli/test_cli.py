@@ -177,8 +177,8 @@ def test_a_trained_role_is_not_written_over(capsys):
             "`model.init_args.backbone.second.rnk`; did you mean `rank`?",
         ),
         (
-            {"model__init_args__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lrr": 1}}},
-            "`model.init_args.optimizer.init_args.lrr`; did you mean `lr`?",
+            {"model__init_args__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"weigth_decay": 1}}},
+            "`model.init_args.optimizer.init_args.weigth_decay`; did you mean `weight_decay`?",
         ),
         ({"data__init_args": {"n": 1}}, "`data.init_args.n`; known there: batch_size, rows."),
         ({"trainer__max_stps": 1}, "`trainer.max_stps`; did you mean `max_steps`?"),
@@ -288,6 +288,20 @@ def test_other_exceptions_keep_their_traceback():
         main(["fit", "--config", write("s.yaml", stage(model__init_args__interrupt_at=1))])
 
 
+def test_overlays_are_proposed_beside_overlays(capsys):
+    for folder in ("conf", "conf/small"):
+        write(f"{folder}/dpo.yaml", stage())
+    write("conf/rto.yaml", stage(model__init_args__dpo="outputs/dpo/role"))
+    write("conf/small/rto.yaml", {"model": {"lr": 0.2}})
+    write("conf/other.yaml", {"model": {"lr": 0.3}})
+    configs = [f"--config=conf/{name}.yaml" for name in ("rto", "small/rto", "other")]
+    assert fails(capsys, "fit", *configs) == (
+        1,
+        "the dpo role outputs/dpo/role does not exist; make it first with: rto-lightning fit "
+        "--config conf/dpo.yaml --config conf/small/dpo.yaml",
+    )
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_missing_input_comes_with_the_command_that_makes_it(capsys, beside):
     write("conf/rto.yaml", stage(model__init_args__dpo="outputs/dpo/role"))
@@ -319,7 +333,7 @@ def test_settings_that_the_trainer_refuses(capsys):
 def test_an_unknown_command(capsys):
     status, error = fails(capsys, "fitt")
     assert status == 2
-    assert "fit, validate, test, predict, pipeline" in error
+    assert "fit, validate, test, predict, plan, pipeline" in error
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,28 @@ def test_what_is_done_is_skipped_and_left_alone(capsys):
     assert len(calls) == 2
 
 
+def test_files_overlay_each_other(capsys):
+    write("conf/overlay.yaml", {"model": {"lr": 0.3}, "trainer": {"default_root_dir": "elsewhere"}})
+    pipeline({"name": "sft", "fit": ["sft.yaml", "overlay.yaml"]})
+    assert run() == 0
+    settings = yaml.safe_load(Path("out/sft/config.yaml").read_text())
+    assert settings["model"]["init_args"]["lr"] == 0.3
+    assert "sft: fit conf/sft.yaml conf/overlay.yaml -> " in capsys.readouterr().out
+    assert not Path("elsewhere").exists()  # a stage's folder is the pipeline's
+    assert run() == 0
+    write("conf/overlay.yaml", {"model": {"lr": 0.4}})
+    capsys.readouterr()
+    assert "sft (its configuration file has changed)" in fails(capsys)[1]
+
+
+def test_a_list_of_one_file_is_that_file(capsys):
+    pipeline({"name": "sft", "fit": ["sft.yaml"]})
+    assert run() == 0
+    pipeline({"name": "sft", "fit": "sft.yaml"})
+    assert run() == 0
+    assert "sft: done before (" in capsys.readouterr().out
+
+
 def test_a_new_stage_runs_on_what_is_done():
     pipeline(WORLD)
     run()
@@ -270,6 +292,12 @@ def test_it_works_under_any_working_directory(monkeypatch, tmp_path):
             {"stages": [{"name": "a", "fit": "none.yaml"}]},
             "stage 1 (a): the file conf/none.yaml of `fit` does not exist.",
         ),
+        (
+            {"stages": [{"name": "a", "fit": ["sft.yaml", "none.yaml"]}]},
+            "stage 1 (a): the file conf/none.yaml of `fit` does not exist.",
+        ),
+        ({"stages": [{"name": "a", "fit": []}]}, "stage 1 (a): `fit` is an empty list; give at least one file."),
+        ({"stages": [{"name": "a", "fit": 3}]}, "stage 1 (a): `fit` must be a file or a list of files, not 3."),
         (
             {"stages": [{"name": "a", "run": "module"}]},
             "stage 1 (a): `run` must have the form module:function, not module.",
