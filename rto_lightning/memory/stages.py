@@ -1,0 +1,138 @@
+"""From a stage's module and data to what they do in memory."""
+
+from typing import Any
+
+from rto_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
+from rto_lightning.memory.roles import copies_base_later, outside_models_of, roles_of
+from rto_lightning.memory.workload import Forward, OutsideModel, Phase, Reading, RoleWeights, Rollout, Workload
+from rto_lightning.modules import PreferenceModule, RewardModelModule, RTOModule, SFTModule, StageModule
+from rto_lightning.modules.scoring import samples_exactly
+
+
+def workload_of(module: StageModule, data: Any, precision: str = "32-true") -> Workload:
+    """What a stage holds and computes while it trains, at the longest prompts and responses that its settings allow.
+
+    Args:
+        module: the stage, whose models need not be loaded.
+        data: its data module, which need not be set up.
+        precision: `trainer.precision`.
+
+    Raises:
+        TypeError: if they are no stage and data of this project.
+    """
+    if isinstance(module, RTOModule) and isinstance(data, PromptDataModule):
+        return _rto(module, data, precision)
+    kinds = {SFTModule: DemonstrationDataModule, PreferenceModule: PreferenceDataModule}
+    kinds[RewardModelModule] = PreferenceDataModule
+    for stage, kind in kinds.items():
+        if isinstance(module, stage) and isinstance(data, kind):
+            return _supervised(module, data, precision)
+    raise TypeError(f"no memory plan is known for {type(module).__name__} with {type(data).__name__}")
+
+
+def _supervised(module: StageModule, data: Any, precision: str) -> Workload:
+    """SFT, the preference losses and the reward model: one forward and backward of a batch."""
+    role, pairs = module.trained_role, isinstance(data, PreferenceDataModule)
+    rows, eval_rows = data.batch_size * (1 + pairs), data.eval_batch_size * (1 + pairs)
+    reading: Reading = "score" if isinstance(module, RewardModelModule) else "logprobs"
+    cached = False
+    before: list[Phase] = []
+    if isinstance(module, PreferenceModule):
+        cached = module.reference_cache is not None and module.loss != "simpo"
+        if module.loss in ("tdpo1", "tdpo2"):
+            reading = "divergence"
+        elif module.loss != "simpo" and not cached:
+            before.append(Phase("reference", (Forward("reference", "logprobs", rows),), (role,)))
+    if cached:
+        reader = role if module.settings.mode == "full" else "reference"
+        parts = (Forward(reader, "logprobs", eval_rows),)
+        before.append(Phase("reference cache", parts, copies_base=copies_base_later(module)))
+    phases = [*before, Phase("update", (Forward(role, reading, rows, backward=True),), (role,))]
+    if data.sources["validation"] is not None:
+        phases.append(Phase("validation", (Forward(role, reading, eval_rows),), (role,)))
+    if isinstance(module, RewardModelModule) and module.score_statistics.samples > 0:
+        answers = Rollout(role, data.batch_size, module.score_statistics.max_new_tokens)
+        phases.append(Phase("score statistics", (answers,), (role,), copies_base_later(module)))
+    unit = "pairs" if pairs else "demonstrations"
+    return Workload(
+        stage=module.stage_name,
+        backbone=module.settings,
+        roles=roles_of(module),
+        phases=tuple(phases),
+        prompt_tokens=data.max_prompt_tokens,
+        response_tokens=data.max_response_tokens,
+        batch=f"{data.batch_size} {unit} at a time, {data.eval_batch_size} in validation",
+        precision=precision,
+    )
+
+
+def _rto(module: RTOModule, data: PromptDataModule, precision: str) -> Workload:
+    settings, ppo, rollout = module.settings, module.ppo, module.rollout_settings
+    samples = data.batch_size * rollout.responses_per_prompt
+    held_out = data.eval_batch_size if data.sources["validation"] is not None else 0
+    sampled = min(rollout.batch_size or max(samples, held_out), max(samples, held_out))
+    update_rows = min(ppo.microbatch_size, ppo.minibatch_size or samples)
+    scoring_rows = min(ppo.scoring_batch_size or 2 * ppo.microbatch_size, max(samples, held_out))
+    keeps = ppo.sampling_logprobs
+    if keeps is None:
+        keeps = samples_exactly(settings.frozen_dtype, settings.quantization is not None, precision)
+    roles, outside = roles_of(module), outside_models_of(module)
+    at_a_time = f"{sampled} sampled, {scoring_rows} scored, {update_rows} updated at a time"
+    return Workload(
+        stage=module.stage_name,
+        backbone=settings,
+        roles=roles,
+        phases=(
+            Phase("rollout", (Rollout("policy", sampled, rollout.max_new_tokens, keeps),)),
+            Phase("scoring", _scoring(roles, outside, scoring_rows, keeps)),
+            *_updates(roles, update_rows, ppo.entropy_coefficient != 0),
+        ),
+        prompt_tokens=data.max_prompt_tokens,
+        response_tokens=rollout.max_new_tokens,
+        batch=f"{samples} responses an iteration, {at_a_time}",
+        precision=precision,
+        samples=max(samples, held_out),
+        one_autocast=True,
+        outside=outside,
+    )
+
+
+def _scoring(
+    roles: tuple[RoleWeights, ...], outside: tuple[OutsideModel, ...], rows: int, keeps_logprobs: bool
+) -> tuple[Forward, ...]:
+    """The roles that are read, of those on one model only the one that takes the most memory."""
+    kinds = {role.name: role.kind for role in roles}
+    forwards = [] if keeps_logprobs else [Forward("policy", "logprobs and entropy", rows)]
+    for role in roles:
+        if role.name in ("reference", "dpo", "dpo_reference"):
+            forwards.append(Forward(role.name, "logprobs", rows))
+        elif role.name == "critic" and role.kind != "shared":
+            forwards.append(Forward("critic", "values", rows))
+        elif role.name.startswith("reward"):
+            forwards.append(Forward(role.name, "score", rows))
+    heaviest: dict[str, Forward] = {}
+    for forward in forwards:
+        on_base = kinds[forward.role] != "model"
+        key = "base" if on_base else forward.role
+        other = heaviest.get(key)
+        if other is None or _order(forward, kinds[forward.role]) > _order(other, kinds[other.role]):
+            heaviest[key] = forward
+    return (*heaviest.values(), *(Forward(model.source, "score", rows) for model in outside))
+
+
+def _order(forward: Forward, kind: str) -> tuple[int, bool]:
+    """Orders the readings of one model by the memory they take."""
+    return ("score", "values", "logprobs", "logprobs and entropy").index(forward.reading), kind != "base"
+
+
+def _updates(roles: tuple[RoleWeights, ...], rows: int, with_entropy: bool) -> tuple[Phase, ...]:
+    """The update of the policy and that of the critic, which a shared critic makes one."""
+    kinds = {role.name: role.kind for role in roles}
+    reading: Reading = "logprobs and entropy" if with_entropy else "logprobs"
+    trained: tuple[str, ...] = ("policy",)
+    if kinds.get("critic") == "shared":
+        reading, trained = "logprobs and values", ("policy", "critic")
+    phases = [Phase("update of " + " and ".join(trained), (Forward("policy", reading, rows, True),), trained)]
+    if kinds.get("critic", "shared") != "shared":
+        phases.append(Phase("update of critic", (Forward("critic", "values", rows, True),), ("critic",)))
+    return tuple(phases)

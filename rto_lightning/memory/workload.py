@@ -1,0 +1,126 @@
+"""What a stage holds in memory and what it computes there, as far as memory depends on it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning.pytorch.cli import OptimizerCallable
+
+from rto_lightning.backbone import BackboneSettings, LoraSettings
+
+Reading = Literal["logprobs", "logprobs and entropy", "logprobs and values", "divergence", "values", "score"]
+"""What a forward is for: log-probabilities of the response, also with the entropy before each token or with values off
+the same hidden states; the same with the KL divergence from `reference`; values of each token; one score."""
+
+
+@dataclass(frozen=True)
+class RoleWeights:
+    """The weights of one role."""
+
+    name: str
+    """The role."""
+    kind: Literal["base", "adapter", "model", "shared"]
+    """`base` has none of its own, `adapter` a LoRA adapter on the base, `model` a model of its own; `shared` is a head
+    on the hidden states of the policy."""
+    lora: LoraSettings | None = None
+    """Shape of the adapter."""
+    source: str | None = None
+    """Folder or hub name of the model of its own; None has the shape of the base."""
+    master: bool = False
+    """Held in the data type of trained weights."""
+    head: bool = False
+    """Read through a scalar head."""
+    optimizer: OptimizerCallable | None = None
+    """Of a trained role."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether gradients reach it."""
+        return self.optimizer is not None
+
+
+@dataclass(frozen=True)
+class OutsideModel:
+    """A reward model that shares nothing with the base."""
+
+    source: str
+    """Folder or hub name of a sequence-classification model."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward, perhaps with its backward."""
+
+    role: str
+    """Who computes: a role, or the source of an outside model."""
+    reading: Reading
+    """What for."""
+    rows: int
+    """Sequences in it, each as long as the limits allow."""
+    backward: bool = False
+    """Whether gradients are computed."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampling from a role."""
+
+    role: str
+    """Who speaks."""
+    rows: int
+    """Responses that are sampled at a time."""
+    new_tokens: int
+    """Length limit of a response."""
+    with_logprobs: bool = False
+    """Whether log-probabilities and entropies are kept."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is done at a time; of its parts one after the other is in memory."""
+
+    name: str
+    """What a table calls it."""
+    parts: tuple[Forward | Rollout, ...]
+    """What is computed."""
+    trains: tuple[str, ...] = ()
+    """Roles whose gradients are held, and whose optimizers then step."""
+    copies_base: bool = False
+    """Whether the base model is loaded for this phase alone."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One stage."""
+
+    stage: str
+    """Its name, such as `rto`."""
+    backbone: BackboneSettings
+    """How the base model is held."""
+    roles: tuple[RoleWeights, ...]
+    """Who is in memory."""
+    phases: tuple[Phase, ...]
+    """What is done."""
+    prompt_tokens: int
+    """The longest prompt."""
+    response_tokens: int
+    """The longest response."""
+    batch: str
+    """The batch sizes, in words."""
+    precision: str = "32-true"
+    """The trainer's."""
+    samples: int = 0
+    """Responses of an iteration, whose figures for each token are kept; 0 where a batch is all there is."""
+    one_autocast: bool = False
+    """Whether a whole step runs in one autocast context, which keeps its 16-bit copies of trained weights."""
+    outside: tuple[OutsideModel, ...] = ()
+    """Reward models that share nothing with the base."""
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether the base model is in memory all the time."""
+        return any(role.kind in ("base", "adapter") for role in self.roles)
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and response."""
+        return self.prompt_tokens + self.response_tokens

@@ -1,0 +1,272 @@
+"""Plans against the same work on real tensors."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
+
+from rto_lightning.backbone import BackboneSettings, LoraSettings, PolicyBackbone, Sequences, load_chat_tokenizer
+from rto_lightning.backbone.kv_cache import build_cache
+from rto_lightning.memory.dry_run import Quantity, dry_run
+from rto_lightning.memory.live_bytes import LiveBytes, tensor_bytes
+from rto_lightning.memory.plan import plan_memory
+from rto_lightning.memory.shapes import StageShapes, layers_are_alike, model_tensors, shortened
+from rto_lightning.memory.workload import Forward, Phase, RoleWeights, Rollout, Workload
+from tests.tiny import tiny_tokenizer
+
+ADAM = partial(torch.optim.AdamW, lr=1e-3)
+LORA = LoraSettings(rank=4)
+PROMPT, RESPONSE, ROWS = 24, 40, 3
+SHAPE: dict[str, Any] = dict(
+    vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4
+)
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=1, tie_word_embeddings=False),
+    "neox": GPTNeoXConfig(**SHAPE),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("architectures")
+    for name, config in CONFIGS.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    return {name: str(folder / name) for name in CONFIGS}
+
+
+def backbone_of(settings: BackboneSettings) -> PolicyBackbone:
+    """A real one with a policy that has a head, and the reference."""
+    backbone = PolicyBackbone(settings, load_chat_tokenizer(settings))
+    backbone.add_role("reference")
+    backbone.add_role("policy", trainable=True, scalar_head=True)
+    return backbone
+
+
+def workload(settings: BackboneSettings, *parts: Any, **options: Any) -> Workload:
+    """The same as shapes."""
+    kind: Any = "adapter" if settings.mode == "adapters" else "model"
+    policy = RoleWeights(
+        "policy", kind, settings.lora, master=True, head=True, optimizer=options.pop("optimizer", ADAM)
+    )
+    roles = RoleWeights("reference", "base"), policy
+    phases = (Phase("phase", parts, ("policy",)),)
+    return Workload("sft", settings, roles, phases, PROMPT, RESPONSE, "", **options)
+
+
+def sequences() -> Sequences:
+    ids = torch.randint(3, 259, (ROWS, PROMPT + RESPONSE))
+    return Sequences(ids, torch.ones_like(ids), torch.ones(ROWS, RESPONSE, dtype=torch.bool))
+
+
+def work(backbone: PolicyBackbone, part: Forward) -> torch.Tensor:
+    """What a stage would compute; a number to run the backward of."""
+    rows, role = sequences(), part.role
+    if part.reading == "values":
+        return backbone.token_values(role, rows).sum()
+    if part.reading == "score":
+        return backbone.sequence_scores(role, rows).sum()
+    if part.reading == "divergence":
+        compared = backbone.token_divergence(role, "reference", rows)
+        return (compared.logprobs + compared.kl).sum()
+    logprobs, entropy = backbone.token_logprobs(role, rows, with_entropy="entropy" in part.reading)
+    return logprobs.sum() if entropy is None else (logprobs + entropy).sum()
+
+
+def weights_of(backbone: PolicyBackbone) -> list[torch.Tensor]:
+    tensors = [tensor for module in (*backbone.models.values(), backbone.heads) for tensor in model_tensors(module)]
+    return tensors + [weight.grad for weight in tensors if weight.grad is not None]
+
+
+def measured(settings: BackboneSettings, part: Forward) -> int:
+    """The most bytes alive at a time in the real work, beside weights and gradients."""
+    backbone = backbone_of(settings)
+    for weight in backbone.trained_parameters("policy"):
+        weight.grad = torch.zeros_like(weight)
+    known = weights_of(backbone)
+    with LiveBytes(known) as live, torch.set_grad_enabled(part.backward), backbone.play(part.role):
+        loss = work(backbone, part)
+        if part.backward:
+            loss.backward()
+    return live.peak
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adapters": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "full": {"mode": "full"},
+    "full with checkpointing": {"mode": "full", "gradient_checkpointing": True},
+    "chunks": {"logprob_chunk_tokens": 50},
+    "bfloat16": {"dtype": "bfloat16"},
+    "nf4": {"quantization": "nf4", "dtype": "bfloat16"},
+    "nf4 with checkpointing": {"quantization": "nf4", "dtype": "bfloat16", "gradient_checkpointing": True},
+    "eager": {"attention": "eager"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_update_takes_what_is_planned(folders, name):
+    settings = BackboneSettings(folders["llama"], lora=LORA, **SETTINGS[name])
+    part = Forward("policy", "logprobs", ROWS, backward=True)
+    planned = dry_run(workload(settings, part), None, False)[Quantity("activations", "policy", part)]
+    assert planned == pytest.approx(measured(settings, part), rel=0.03)
+
+
+@pytest.mark.parametrize("mode", ["adapters", "full"])
+@pytest.mark.parametrize("architecture", ["qwen2", "neox"])
+def test_other_architectures_take_what_is_planned(folders, architecture, mode):
+    settings = BackboneSettings(folders[architecture], lora=LORA, mode=mode, gradient_checkpointing=mode == "full")
+    part = Forward("policy", "logprobs", ROWS, backward=True)
+    planned = dry_run(workload(settings, part), None, False)[Quantity("activations", "policy", part)]
+    assert planned == pytest.approx(measured(settings, part), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("reading", "backward"),
+    [
+        ("logprobs and entropy", False),
+        ("logprobs and entropy", True),
+        ("values", True),
+        ("score", True),
+        ("score", False),
+        ("divergence", True),
+    ],
+)
+def test_every_reading_takes_what_is_planned(folders, reading, backward):
+    settings = BackboneSettings(folders["llama"], lora=LORA)
+    part = Forward("policy", reading, ROWS, backward)
+    planned = dry_run(workload(settings, part), None, False)[Quantity("activations", "policy", part)]
+    assert planned == pytest.approx(measured(settings, part), rel=0.05)
+
+
+def test_what_is_alive_after_a_forward_is_what_autograd_saves(folders):
+    """An oracle that does not come from the counter: hooks on every tensor that autograd saves."""
+    backbone = backbone_of(BackboneSettings(folders["llama"], lora=LORA))
+    known = {tensor.untyped_storage().data_ptr() for tensor in weights_of(backbone)}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), LiveBytes(weights_of(backbone)) as live:
+        loss = work(backbone, Forward("policy", "logprobs", ROWS))
+        alive = live.now
+    assert loss.requires_grad
+    assert alive == pytest.approx(sum(storage.nbytes() for storage in saved.values()), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["adapters", "full", "bfloat16", "nf4"])
+def test_weights_and_gradients_are_counted_exactly(folders, name):
+    settings = BackboneSettings(folders["llama"], lora=LORA, **SETTINGS[name])
+    planned = dry_run(workload(settings, Forward("policy", "score", 1)), None, False)
+    backbone = backbone_of(settings)
+    trained = tensor_bytes(backbone.trained_parameters("policy"))
+    adapters = {id(weight) for weight in backbone.adapters.parameters("policy")} if settings.mode == "adapters" else ()
+    base = tensor_bytes(tensor for tensor in model_tensors(backbone.models["base"]) if id(tensor) not in adapters)
+    assert planned[Quantity("weights", "policy")] == planned[Quantity("gradients", "policy")] == trained
+    assert planned[Quantity("weights", "base")] == base
+
+
+def adam_8bit(parameters: Any) -> torch.optim.Optimizer:
+    return pytest.importorskip("bitsandbytes").optim.AdamW8bit(parameters, lr=1e-3, min_8bit_size=128)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ADAM,
+        partial(torch.optim.SGD, lr=0.1),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        adam_8bit,
+        partial(torch.optim.Adagrad, lr=0.1),
+        partial(torch.optim.Adafactor, lr=0.1),
+    ],
+    ids=["adamw", "sgd", "momentum", "adamw8bit", "adagrad", "adafactor"],
+)
+def test_optimizer_state_is_counted_exactly(folders, make):
+    settings = BackboneSettings(folders["llama"], lora=LORA)
+    planned = dry_run(workload(settings, Forward("policy", "score", 1), optimizer=make), None, False)
+    parameters = backbone_of(settings).trained_parameters("policy")
+    optimizer = make(parameters)
+    for weight in parameters:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = [value for held in optimizer.state.values() for value in held.values() if isinstance(value, torch.Tensor)]
+    assert planned[Quantity("optimizer", "policy")] == tensor_bytes(state)
+    assert planned[Quantity("optimizer step", "policy")] == 0
+
+
+def test_on_a_gpu_torch_copies_the_weights_to_step_them_at_once(folders):
+    settings = BackboneSettings(folders["llama"], lora=LORA)
+    part = Forward("policy", "score", 1)
+    for make, copies in ((ADAM, 1), (partial(ADAM, foreach=False), 0), (partial(ADAM, fused=True), 0)):
+        planned = dry_run(workload(settings, part, optimizer=make), None, foreach=True)
+        assert planned[Quantity("optimizer step", "policy")] == copies * planned[Quantity("weights", "policy")]
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_key_value_cache_is_counted_exactly(folders, architecture):
+    settings = BackboneSettings(folders[architecture], lora=LORA)
+    part = Rollout("policy", ROWS, RESPONSE)
+    planned = dry_run(workload(settings, part), None, False)
+    backbone = backbone_of(settings)
+    tokens = PROMPT + RESPONSE - 1
+    with torch.no_grad(), backbone.play("policy") as model:
+        cache = build_cache(model.config, tokens)
+        ids = torch.ones(ROWS, tokens, dtype=torch.int64)
+        model.eval()
+        model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    assert planned[Quantity("KV cache", "policy", part)] == tensor_bytes(held)
+
+
+def test_mixed_precision_keeps_16_bit_copies_of_trained_weights(folders):
+    settings = BackboneSettings(folders["llama"], lora=LORA, mode="full")
+    part = Forward("policy", "logprobs", ROWS, backward=True)
+    mixed = dry_run(workload(settings, part, precision="bf16-mixed", one_autocast=True), None, False)
+    plain = dry_run(workload(settings, part, one_autocast=True), None, False)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    assert mixed[Quantity("16-bit copies", "policy", part)] == pytest.approx(2 * linear, rel=0.02)
+    assert plain[Quantity("16-bit copies", "policy", part)] == 0
+
+
+@pytest.mark.parametrize("name", ["adapters", "full with checkpointing"])
+def test_a_deep_model_follows_from_two_and_three_layers(tmp_path, name):
+    LlamaConfig(**{**SHAPE, "num_hidden_layers": 5}, num_key_value_heads=2).save_pretrained(tmp_path)
+    settings = BackboneSettings(str(tmp_path), lora=LORA, **SETTINGS[name])
+    parts = Forward("policy", "logprobs", ROWS, True), Rollout("policy", ROWS, RESPONSE)
+    stage = workload(settings, *parts)
+    stage = replace(stage, phases=(Phase("update", parts[:1], ("policy",)), Phase("rollout", parts[1:])))
+    plan, exact = plan_memory(stage), dry_run(stage, None, False)
+    assert {item.name: item.bytes for item in plan.weights} == {
+        role: exact[Quantity("weights", role)] for role in ("base", "policy")
+    }
+    assert sum(item.bytes for item in plan.optimizers) == exact[Quantity("optimizer", "policy")]
+    update, rollout = ({item.name: item.bytes for item in phase.items} for phase in plan.phases)
+    assert update["gradients"] == exact[Quantity("gradients", "policy")]
+    assert update["activations"] == exact[Quantity("activations", "policy", parts[0])]
+    assert rollout["KV cache"] == exact[Quantity("KV cache", "policy", parts[1])]
+
+
+def test_layers_that_differ_are_seen():
+    alike = Qwen2Config(**{**SHAPE, "num_hidden_layers": 6})
+    mixed = Qwen2Config(**{**SHAPE, "num_hidden_layers": 6}, use_sliding_window=True, max_window_layers=3)
+    assert layers_are_alike(alike) and not layers_are_alike(mixed)
+    assert shortened(mixed, 4).layer_types == mixed.layer_types[:4] and len(mixed.layer_types) == 6
+
+
+def test_shapes_hold_no_memory(tmp_path: Path):
+    """A model of 40 GB, whose one weight file is not there."""
+    LlamaConfig(**{**SHAPE, "hidden_size": 32768, "intermediate_size": 65536}).save_pretrained(tmp_path)
+    stage = workload(BackboneSettings(str(tmp_path), lora=LORA), Forward("policy", "logprobs", ROWS, True))
+    shapes = StageShapes(stage, None)
+    assert shapes.base_bytes() > 40e9 and len(shapes.parameters("policy")) == 2 * 7 * 2 + 2
