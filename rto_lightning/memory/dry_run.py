@@ -194,9 +194,9 @@ def _rollout_bytes(shapes: StageShapes, part: Rollout, workload: Workload) -> di
                 )
             cache_bytes = sum(_cache_layer_bytes(layer, workload.prompt_tokens, tokens) for layer in cache.layers)
             with LiveBytes(shapes.weights()) as step:
-                width = model.config.get_text_config().hidden_size
-                hidden = torch.empty(part.rows, width, dtype=workload.backbone.frozen_dtype)
-                logits = model.get_output_embeddings()(hidden)
+                output_layer = model.get_output_embeddings()
+                hidden = torch.empty(part.rows, output_layer.in_features, dtype=output_layer.weight.dtype)
+                logits = output_layer(hidden)
                 drawn = logits[: max(1, SAMPLED_LOGITS // logits.shape[1])]
                 draw_tokens(drawn, torch.empty(len(drawn), dtype=torch.float64), 0.5, part.with_logprobs)
             growth = cache_bytes // max(1, 2 * len(cache.layers))  # a layer's keys are copied into more room

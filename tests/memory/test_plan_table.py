@@ -1,0 +1,112 @@
+import copy
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from rto_lightning.data import PreferenceDataModule
+from rto_lightning.memory import Change, MemoryPlan, plan_memory, plan_table, proposed_changes, warning, workload_of
+from rto_lightning.memory.plan import Item, PhasePlan
+from tests.modules import stages
+
+GIB = 2**30
+PLAN = MemoryPlan(
+    stage="rto",
+    model="owner/model",
+    precision="bf16-mixed",
+    prompt_tokens=100,
+    response_tokens=50,
+    batch="16 responses an iteration",
+    weights=(Item("base", 5 * GIB), Item("policy", GIB // 10)),
+    optimizers=(Item("policy", GIB // 5),),
+    copies=GIB // 50,
+    process=GIB // 2,
+    phases=(
+        PhasePlan("rollout", (Item("KV cache", 2 * GIB), Item("activations", GIB // 4))),
+        PhasePlan("update of policy", (Item("gradients", GIB // 10), Item("activations", 3 * GIB))),
+    ),
+)
+ALL = Change("all of these", 2 * GIB)
+
+
+def test_the_peak_is_what_is_resident_and_the_largest_phase():
+    assert PLAN.resident == sum((5 * GIB, GIB // 10, GIB // 5, GIB // 50, GIB // 2))
+    assert PLAN.peak_phase.name == "update of policy"
+    assert PLAN.peak == PLAN.resident + GIB // 10 + 3 * GIB
+    contents = PLAN.as_dict()
+    assert contents["peak"] == PLAN.peak and contents["weights"] == {"base": 5 * GIB, "policy": GIB // 10}
+    assert contents["phases"][0] == {
+        "name": "rollout",
+        "bytes": 2 * GIB + GIB // 4,
+        "items": {"KV cache": 2 * GIB, "activations": GIB // 4},
+    }
+
+
+def test_the_table_fits_a_terminal_and_names_every_part():
+    table = plan_table(PLAN, "cpu", 4 * GIB, [Change("model.backbone.gradient_checkpointing true", 3 * GIB), ALL])
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = {line[:66].strip(): line[66:].strip() for line in lines if len(line) == 78}
+    assert rows["weights"] == "5.10 GiB" and rows["resident"] == "5.82 GiB"
+    assert rows["+ rollout"] == "2.25 GiB" and rows["peak (resident + update of policy)"] == "8.92 GiB"
+    assert rows["available"] == "4.00 GiB" and rows["all of these"] == "2.00 GiB"
+    assert "no GPU here" in plan_table(PLAN, "cuda", None)
+
+
+def test_the_warning_is_one_sentence_with_what_to_change():
+    changes = [Change("a.b 1", 3 * GIB), Change("c.d true", 5 * GIB), ALL]
+    assert warning(PLAN, 4 * GIB, changes) == (
+        "the memory plan takes 8.92 GiB, but 4.00 GiB are available; set a.b 1 (3.00 GiB). `rto-lightning plan` shows "
+        "where it goes."
+    )
+    assert "set a.b 1 (3.00 GiB), or c.d true (5.00 GiB); all together 2.00 GiB." in warning(PLAN, GIB, changes)
+    assert warning(PLAN, GIB, []).endswith("use a smaller model or a larger device.")
+
+
+@given(sizes=st.lists(st.integers(0, 10**12), min_size=4, max_size=4))
+def test_the_parts_of_the_table_add_up(sizes):
+    phases = tuple(PhasePlan(f"phase {size}", (Item("activations", size),)) for size in sizes)
+    plan = replace(PLAN, phases=phases)
+    assert plan.peak == plan.resident + max(sizes)
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory) -> str:
+    """Only a configuration: wide enough that each setting matters, with a vocabulary that fills a chunk of logits."""
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    config = LlamaConfig(
+        vocab_size=4000, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8
+    )
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+PAIRS = PreferenceDataModule(train="x", max_prompt_tokens=200, max_response_tokens=200, batch_size=4)
+
+
+def test_each_change_is_planned_and_takes_less(wide_model):
+    module = stages.dpo(wide_model, mode="full")
+    plan = plan_memory(workload_of(module, PAIRS))
+    changes = proposed_changes(plan, module, PAIRS, "32-true")
+    *alone, together = [change.peak for change in changes]
+    assert alone == sorted(alone) and alone[-1] < plan.peak and together <= alone[0]
+    assert {change.setting for change in changes} >= {
+        "model.backbone.mode adapters",
+        "model.backbone.mode adapters and quantization nf4",
+        "data.batch_size 1 with trainer.accumulate_grad_batches times 4",
+        "model.optimizer AdamW8bit",
+        "all of these",
+    }
+    assert (module.settings.mode, PAIRS.batch_size) == ("full", 4)  # the stage itself is as it was
+
+
+def test_a_change_leaves_what_the_plan_with_it_says(wide_model):
+    module = stages.dpo(wide_model)
+    plan = plan_memory(workload_of(module, PAIRS))
+    small = copy.copy(PAIRS)
+    small.batch_size = 1
+    changes = {change.setting: change.peak for change in proposed_changes(plan, module, PAIRS, "32-true")}
+    expected = plan_memory(workload_of(module, small)).peak
+    assert changes["data.batch_size 1 with trainer.accumulate_grad_batches times 4"] == expected
