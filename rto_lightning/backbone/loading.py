@@ -142,7 +142,7 @@ def check_quantization(device: torch.device, dtype: torch.dtype) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # a kernel that the card does not have fails here, not later
     except Exception as error:  # bitsandbytes, torch and the driver each have their own
-        name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else device.type
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(
             f"bitsandbytes {installed} cannot compute with 4-bit weights on {name} ({_first_line(error)}); choose "
             f"another trainer.accelerator (gpu for a newer NVIDIA card, or cpu), {way_out}."
@@ -154,9 +154,10 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
 
 
 def switch_dropout_off(config: Any) -> None:
-    """Dropout would make old and new log-probabilities differ before any update."""
+    """Dropout and router noise would make old and new log-probabilities differ before any update."""
+    random = ("dropout", "pdrop", "dropout_prob", "jitter_noise")
     for name, value in vars(config).items():
-        if isinstance(value, float) and (name.endswith(("dropout", "pdrop", "dropout_prob")) or "_dropout" in name):
+        if isinstance(value, float) and (name.endswith(random) or "_dropout" in name):
             setattr(config, name, 0.0)
 
 
@@ -171,7 +172,13 @@ def _keep_quantized_weights_differentiable(model: nn.Module) -> None:
 def _check_plain_output_layer(model: PreTrainedModel) -> None:
     """Log-probabilities apply the output layer to the hidden states directly; a model that does more is refused."""
     config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+    if config.model_type == "phimoe":
+        raise UserError(
+            "phimoe models route tokens at random while they train, so that no two forwards agree; use another model "
+            "family."
+        )
+    capped = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    for name in (*capped, "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(config, name, None) not in (None, 1.0):
             raise UserError(
                 f"{config.model_type} models change their logits after the output layer ({name}), which "

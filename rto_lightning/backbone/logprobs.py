@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -120,6 +121,7 @@ class _GatherThroughFrozenLayer(torch.autograd.Function):
         return (torch.cat(logprobs), torch.cat(entropies)) if with_entropy else torch.cat(logprobs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         rows = zip(upstream, ctx.saved_tensors, strict=True)
         gradient = sum((scale[:, None] * of_row).to(of_row.dtype) for scale, of_row in rows)

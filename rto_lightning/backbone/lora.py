@@ -12,6 +12,7 @@ Read and replaced on each layer are `_active_adapter`, `_disable_adapters` and `
 
 from typing import Any
 
+import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
@@ -43,6 +44,8 @@ class LoraForward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y = W x + scaling * B A x with the active adapter, or W x without one."""
         layer = self.layer
+        if layer.merged_adapters or args or kwargs:
+            return type(layer).forward(layer, x, *args, **kwargs)
         base = layer.base_layer
         active = layer._active_adapter
         adapter = active if isinstance(active, str) else active[0]
@@ -53,9 +56,14 @@ class LoraForward:
         projected = nn.functional.linear(rows, layer.lora_A[adapter].weight.to(x.dtype))
         output = base(rows)
         up = layer.lora_B[adapter].weight.to(output.dtype).t()
-        add = output.addmm_ if self.in_place else output.addmm
-        updated: Tensor = add(projected.to(output.dtype), up, alpha=layer.scaling[adapter])
-        return updated.view(*x.shape[:-1], updated.shape[-1])
+        projected, scaling = projected.to(output.dtype), layer.scaling[adapter]
+        if self.in_place:
+            output.addmm_(projected, up, alpha=scaling)
+        else:
+            # Autocast would round the sum to 16 bits, where the base alone gives 32.
+            with torch.autocast(x.device.type, enabled=False):
+                output = torch.addmm(output, projected, up, alpha=scaling)
+        return output.view(*x.shape[:-1], output.shape[-1])
 
 
 def _is_plain_linear(layer: Any) -> bool:

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rto_lightning.backbone.adapters import AdapterBank
 from rto_lightning.backbone.chat import ChatTokenizer
+from rto_lightning.backbone.cpu_linear import onednn_is_faster, use_onednn
 from rto_lightning.backbone.decoding import Decoded, DrawTokens, ValueHead, decode, evaluating
 from rto_lightning.backbone.divergence import TokenDivergence, gather_divergence
 from rto_lightning.backbone.fingerprints import base_fingerprint
@@ -177,7 +178,13 @@ class PolicyBackbone(nn.Module):
     # What can be asked of a role --------------------------------------------------------------------------------
 
     def response_hidden(self, name: str, sequences: Sequences) -> Tensor:
-        """Hidden states (N, H) from which the N response tokens, row by row, are predicted."""
+        """Hidden states (N, H) from which the N response tokens, row by row, are predicted.
+
+        Raises:
+            ValueError: if a prompt has no tokens: nothing predicts the first one of its response.
+        """
+        if not bool((sequences.prompt_lengths > 0).all()):
+            raise ValueError("a prompt has no tokens, so that nothing predicts the first one of its response")
         rows, tokens = sequences.response_mask.nonzero(as_tuple=True)
         return self._hidden(name, sequences, rows, sequences.prompt_lengths[rows] - 1 + tokens)
 
@@ -198,11 +205,21 @@ class PolicyBackbone(nn.Module):
         return self._token_logprobs(name, self.response_hidden(name, sequences), sequences, temperature, with_entropy)
 
     def token_logprobs_and_values(
-        self, name: str, value_role: str, sequences: Sequences, temperature: float = 1.0, with_entropy: bool = False
+        self,
+        name: str,
+        value_role: str,
+        sequences: Sequences,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        value_coefficient: float = 1.0,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """As :meth:`token_logprobs`, and the values (B, T) that the head of `value_role` reads off the same forward."""
+        """As :meth:`token_logprobs`, and the values (B, T) that the head of `value_role` reads off the same forward.
+
+        Gradients of the values reach the head whole, and the weights below it times `value_coefficient`.
+        """
         hidden = self.response_hidden(name, sequences)
         logprobs, entropy = self._token_logprobs(name, hidden, sequences, temperature, with_entropy)
+        hidden = hidden.detach() + value_coefficient * (hidden - hidden.detach())
         return logprobs, entropy, _scatter(self.head(value_role)(hidden), sequences.response_mask)
 
     def token_divergence(self, name: str, reference: str, sequences: Sequences) -> TokenDivergence:
@@ -345,6 +362,8 @@ class PolicyBackbone(nn.Module):
                 f"the tokenizer of {source} has {len(self.chat.tokenizer)} tokens but its model embeds only {rows}; "
                 "use the tokenizer that belongs to the model."
             )
+        if (self._device is None or self._device.type == "cpu") and onednn_is_faster():
+            use_onednn(model)
         return model
 
     def _add_head(self, name: str, folder: Path | None, trainable: bool) -> None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 BITSANDBYTES_OPTIMIZERS = ("AdamW8bit", "PagedAdamW8bit")
-"""Those that are proposed where a name is misspelled; every other of bitsandbytes.optim is known too."""
+"""Those that are proposed where a name is misspelled; its other 8-bit, 32-bit and paged ones are known too."""
 _BITSANDBYTES_NAME = re.compile(r"Paged\w+|\w+(8|32)bit")
 
 _resolve = _typehints.resolve_class_path_by_name

@@ -25,7 +25,9 @@ def accumulate_policy_gradients(
 ) -> dict[str, Tensor]:
     """Backward of the policy loss of a minibatch, with the value loss of a critic that shares the policy's weights.
 
-        loss = policy loss - entropy_coefficient * entropy + value_coefficient * value loss
+        loss = policy loss - entropy_coefficient * entropy + value loss
+
+    of whose last term the shared weights receive `value_coefficient` times the gradient, and the critic's head all.
 
     Args:
         backbone: the model and its roles.
@@ -34,7 +36,7 @@ def accumulate_policy_gradients(
         ppo: losses and microbatches.
         temperature: of the policy that sampled.
         backward: runs the backward pass of a loss.
-        value_coefficient: weight of the value loss; None where the critic has weights of its own.
+        value_coefficient: what the value loss counts in the shared weights; None where the critic has its own.
 
     Returns:
         Metrics of the minibatch.
@@ -50,7 +52,7 @@ def accumulate_policy_gradients(
                 logprobs, entropy = backbone.token_logprobs("policy", sequences, temperature, with_entropy)
             else:
                 logprobs, entropy, values = backbone.token_logprobs_and_values(
-                    "policy", "critic", sequences, temperature, with_entropy
+                    "policy", "critic", sequences, temperature, with_entropy, value_coefficient
                 )
             loss, of_part = policy_loss(
                 logprobs,
@@ -67,9 +69,8 @@ def accumulate_policy_gradients(
                 mean_entropy = aggregate(entropy, mask, ppo.aggregation, denominator)
                 loss = loss - ppo.entropy_coefficient * mean_entropy
                 total -= ppo.entropy_coefficient * mean_entropy.detach()
-            if values is not None and value_coefficient is not None:
-                of_values = _value_loss(values, experience, part, ppo, denominator)
-                loss = loss + value_coefficient * value_metrics.add(*of_values)
+            if values is not None:
+                loss = loss + value_metrics.add(*_value_loss(values, experience, part, ppo, denominator))
             backward(loss)
         statistics = of_part if statistics is None else statistics + of_part
     assert isinstance(statistics, PolicyLossStatistics)

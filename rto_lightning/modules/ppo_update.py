@@ -38,8 +38,8 @@ def ppo_update(
         backward: runs the backward pass of a loss.
         policy: optimizer of the policy; None leaves the policy as it is.
         critic: optimizer of the critic; None where there is none.
-        value_coefficient: weight of the value loss in the gradient of a policy whose hidden states the critic reads; None
-            where the critic has weights of its own.
+        value_coefficient: what the value loss counts in the weights of a policy whose hidden states the critic reads;
+            None where the critic has weights of its own.
 
     Returns:
         For each metric its mean over the minibatches that have it, detached scalars.

@@ -378,6 +378,8 @@ class RTOModule(StageModule):
 
     @property
     def _keeps_sampling_logprobs(self) -> bool:
+        if self._trainer is not None and self.trainer.predicting:
+            return False
         if self.ppo.sampling_logprobs is not None:
             return self.ppo.sampling_logprobs
         precision = str(self.trainer.precision) if self._trainer is not None else "32-true"

@@ -24,9 +24,10 @@ def read_policy(
         temperature: at which they were sampled.
         value_role: a role whose value head sits on the hidden states of `role`; None reads no values.
     """
-    kept = trajectory.logprobs, trajectory.entropies, trajectory.values
-    if kept[0] is not None and kept[1] is not None and (value_role is None or kept[2] is not None):
-        return PolicyReading(kept[0], kept[1], kept[2])
+    logprobs, entropies, values = trajectory.logprobs, trajectory.entropies, trajectory.values
+    has_values = value_role is None or values is not None
+    if trajectory.role == role and logprobs is not None and entropies is not None and has_values:
+        return PolicyReading(logprobs, entropies, values)
     if value_role is not None:
         return PolicyReading(*reader.logprobs_entropy_and_values(role, value_role, trajectory, temperature))
     return PolicyReading(*reader.logprobs_and_entropy(role, trajectory, temperature))
@@ -98,11 +99,15 @@ def score_trajectory(
 def samples_exactly(dtype: torch.dtype, quantized: bool, precision: str) -> bool:
     """Whether the sampling forward gives the log-probabilities of the training forward but for rounding, about 1e-6.
 
-    Rounded to 16 bits the two differ by about 0.04 nats a token, since they add in another order.
+    Rounded to 16 bits the two differ by about 0.04 nats a token, since they add in another order; rounded to the 10
+    bits of TF32 (`torch.set_float32_matmul_precision`) they may differ as much.
 
     Args:
         dtype: data type of frozen weights.
         quantized: whether those are held in 4 bits.
         precision: the trainer's.
     """
-    return dtype in (torch.float32, torch.float64) and not quantized and precision in ("32-true", "64-true")
+    if quantized or precision not in ("32-true", "64-true"):
+        return False
+    whole_products = torch.get_float32_matmul_precision() == "highest"
+    return dtype == torch.float64 or (dtype == torch.float32 and whole_products)

@@ -17,11 +17,12 @@ class Trajectory:
     """Left-padded prompts and right-padded responses; the response mask covers the stop id if one was sampled."""
     truncated: Tensor
     """Responses that reached the length limit without a stop id, (B,) bool."""
-
+    role: str | None = None
+    """Who sampled the responses; None if unknown."""
     logprobs: Tensor | None = None
-    """Log-probability of each response token in nats, (B, T) float32 (float64 if the logits are), 0 outside the
-    response; None if not asked for. At the sampling temperature, and from the forward that sampled it: in bfloat16 it
-    differs from that of a pass over the whole response by about 0.04 nats a token."""
+    """Log-probability of each response token under `role` in nats, (B, T) float32 (float64 if the logits are), 0
+    outside the response; None if not asked for. At the sampling temperature, and from the forward that sampled it: in
+    bfloat16 it differs from that of a pass over the whole response by about 0.04 nats a token."""
     entropies: Tensor | None = None
     """Entropy of the distribution before each response token; as `logprobs` in every other way."""
     values: Tensor | None = None
@@ -30,8 +31,9 @@ class Trajectory:
 
     def rows(self, index: Tensor | slice) -> "Trajectory":
         """The samples that `index` selects, at the same widths."""
-        read = (None if table is None else table[index] for table in self._read_while_sampling())
-        return Trajectory(self.sequences.rows(index), self.truncated[index], *read)
+        tables = (self.logprobs, self.entropies, self.values)
+        picked = (None if table is None else table[index] for table in tables)
+        return Trajectory(self.sequences.rows(index), self.truncated[index], self.role, *picked)
 
     @classmethod
     def from_tokens(
@@ -39,6 +41,7 @@ class Trajectory:
         tokens: Tensor,
         prompt_attention_mask: Tensor,
         stop_ids: tuple[int, ...],
+        role: str | None = None,
         logprobs: Tensor | None = None,
         entropies: Tensor | None = None,
         values: Tensor | None = None,
@@ -52,6 +55,7 @@ class Trajectory:
             tokens: prompts and responses, (B, P+T) int64.
             prompt_attention_mask: 1 on prompt tokens, (B, P).
             stop_ids: ids that end a response.
+            role: who sampled them.
             logprobs: log-probability of each response token, (B, T).
             entropies: entropy before each response token, (B, T).
             values: value before each response token, (B, T).
@@ -70,34 +74,7 @@ class Trajectory:
             None if table is None else table[:, :width].masked_fill(~response_mask, 0.0)
             for table in (logprobs, entropies, values)
         )
-        return cls(sequences, ~stopped, *read)
-
-    @classmethod
-    def concatenate(cls, parts: list["Trajectory"], pad_id: int) -> "Trajectory":
-        """Join trajectories whose prompts have the same width; responses are padded to the longest.
-
-        Log-probabilities, entropies and values are kept if every part has them.
-        """
-        width = max(part.sequences.response_width for part in parts)
-
-        def join(tables: list[Tensor], value: float) -> Tensor:
-            missing = [width - part.sequences.response_width for part in parts]
-            pad = torch.nn.functional.pad
-            return torch.cat([pad(table, (0, m), value=value) for table, m in zip(tables, missing, strict=True)])
-
-        sequences = Sequences(
-            join([part.sequences.input_ids for part in parts], pad_id),
-            join([part.sequences.attention_mask for part in parts], 0),
-            join([part.sequences.response_mask for part in parts], 0),
-        )
-        read = (
-            None if any(table is None for table in tables) else join(list(tables), 0.0)
-            for tables in zip(*(part._read_while_sampling() for part in parts), strict=True)
-        )
-        return cls(sequences, torch.cat([part.truncated for part in parts]), *read)
-
-    def _read_while_sampling(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.logprobs, self.entropies, self.values
+        return cls(sequences, ~stopped, role, *read)
 
 
 def response_texts(trajectory: Trajectory, chat: ChatTokenizer) -> list[str]:

@@ -91,7 +91,7 @@ class TransformersEngine:
             parts.append(self.backbone.decode(role, ids, mask, draw, settings.max_new_tokens, value_head))
         decoded = _join(parts, order.argsort(), chat.pad_id)
         tokens = torch.cat([input_ids, decoded.tokens], dim=1)
-        return Trajectory.from_tokens(tokens, attention_mask, chat.stop_ids, *decoded[1:])
+        return Trajectory.from_tokens(tokens, attention_mask, chat.stop_ids, role, *decoded[1:])
 
 
 def _join(parts: list[Decoded], order: Tensor, pad_id: int) -> Decoded:

@@ -6,6 +6,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rto_lightning.backbone import loading
 from rto_lightning.backbone.loading import check_quantization, load_causal_lm
@@ -67,3 +68,26 @@ def test_it_is_found_out_before_a_model_is_loaded(monkeypatch, tmp_path) -> None
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match="needs bitsandbytes"):
         load_causal_lm(settings.model, settings, torch.float32, quantized=True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("recurrent_gemma", {"logits_soft_cap": 30.0}),
+        ("cohere", {"logit_scale": 0.06}),
+        ("phimoe", {}),
+    ],
+)
+def test_models_that_are_read_otherwise_are_refused(tmp_path, model_type, settings) -> None:
+    """Log-probabilities are the output layer on the hidden states, the same in every forward."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(model_type, **sizes, num_key_value_heads=2, head_dim=8, vocab_size=32, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="use another model family"):
+        load_causal_lm(str(tmp_path), backbone_settings(tmp_path), torch.float32)
+
+
+def test_noise_of_routers_is_off() -> None:
+    config = AutoConfig.for_model("mixtral", router_jitter_noise=0.1)
+    loading.switch_dropout_off(config)
+    assert config.router_jitter_noise == 0.0

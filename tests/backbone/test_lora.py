@@ -7,6 +7,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
 from rto_lightning.backbone.lora import LoraForward, simplify_forward
+from tests.models import make_backbone, some_sequences
 
 
 class Body(nn.Module):
@@ -64,7 +65,7 @@ def test_without_its_adapter_a_layer_is_the_base_layer():
 
 
 def test_the_input_of_a_layer_is_left_as_it_was():
-    model, layers = _body()
+    _, layers = _body()
     simplify_forward(layers[0])
     x = torch.randn(3, 6, dtype=torch.float64)
     before = x.clone()
@@ -103,3 +104,25 @@ def test_a_variant_that_is_added_later_brings_pefts_forward_back():
     model.add_adapter("dora", LoraConfig(r=2, target_modules=["first", "second"], use_dora=True))
     simplify_forward(layers[0])
     assert not isinstance(layers[0].forward, LoraForward)
+
+
+def test_a_merged_layer_adds_its_adapter_once():
+    model, layers = _body()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = model(x)
+    for layer in layers:
+        simplify_forward(layer)
+        layer.merge()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_fresh_adapter_on_4_bit_weights_changes_nothing(tiny_model, autocast):
+    """Autocast rounds sums to 16 bits where the layer alone gives 32; then the KL would not start at 0."""
+    backbone = make_backbone(tiny_model, quantization="nf4", dtype="float32")
+    backbone.add_role("reference")
+    backbone.add_role("policy", trainable=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        policy, _ = backbone.token_logprobs("policy", some_sequences())
+        reference, _ = backbone.token_logprobs("reference", some_sequences())
+    assert torch.equal(policy, reference)

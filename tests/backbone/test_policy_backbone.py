@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from rto_lightning.backbone import Sequences
 from rto_lightning.backbone.fingerprints import base_fingerprint
 from rto_lightning.errors import MissingInputError, UserError
 from tests.models import make_backbone, randomize, some_sequences, write_tiny_model
@@ -233,3 +234,11 @@ def test_a_model_of_the_same_vocabulary_but_another_template_is_accepted(tiny_mo
     backbone = make_backbone(tiny_model, chat_template=str(tmp_path / "template.jinja"))
     backbone.add_role("dpo", str(write_tiny_model(tmp_path / "other", seed=2)))
     assert "dpo" in backbone.roles
+
+
+def test_a_prompt_without_tokens_is_refused(tiny_model):
+    """The first token of its response would be read off the row before."""
+    backbone = make_backbone(tiny_model)
+    backbone.add_role("reference")
+    with pytest.raises(ValueError, match="no tokens"):
+        backbone.token_logprobs("reference", Sequences.from_lists([[1, 40], []], [[50, 2], [60, 2]], pad_id=2))

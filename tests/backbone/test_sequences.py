@@ -40,3 +40,14 @@ def test_to_moves_every_tensor():
 def test_prompts_and_responses_must_pair():
     with pytest.raises(ValueError, match="2 prompts do not pair with 1 responses"):
         Sequences.from_lists([[1], [2]], [[1]], pad_id=0)
+
+
+def test_left_aligned_rows_are_prompt_and_response_without_a_gap():
+    """The third row is the shortest: what follows its end is padding of any value."""
+    batch = Sequences.from_lists([[5, 6, 7], [8], [9]], [[1, 2], [3, 4, 2], [2]], pad_id=0)
+    aligned = batch.left_aligned()
+    assert aligned.shape == (3, 5) and batch.input_ids.shape == (3, 6)
+    assert aligned[0].tolist() == [5, 6, 7, 1, 2]
+    assert aligned[1, :4].tolist() == [8, 3, 4, 2]
+    assert aligned[2, :2].tolist() == [9, 2]
+    assert batch.prompt_lengths.tolist() == [3, 1, 1]

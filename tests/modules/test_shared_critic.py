@@ -45,7 +45,9 @@ def test_one_backward_gives_the_gradient_of_both_losses(tiny_model, files, micro
     values = backbone.token_values("critic", sequences)
     of_policy, _ = policy_loss(logprobs, experience.logprobs[rows], experience.advantages[rows], mask, 0.2)
     of_values, _ = value_loss(values, experience.values[rows], experience.returns[rows], mask, 0.2)
-    expected = torch.autograd.grad(of_policy + 0.3 * of_values, trained)
+    policy_weights = len(backbone.trained_parameters("policy"))
+    weighted = torch.autograd.grad(of_policy + 0.3 * of_values, trained[:policy_weights], retain_graph=True)
+    expected = [*weighted, *torch.autograd.grad(of_values, trained[policy_weights:])]
 
     forwards = []
     hook = backbone.models["base"].get_decoder().register_forward_hook(lambda *_: forwards.append(1))
@@ -128,3 +130,26 @@ def test_it_goes_on_from_a_checkpoint(tiny_model, files, tmp_path):
 )
 def test_only_32_bits_sample_exactly(dtype, quantized, precision, exact):
     assert samples_exactly(dtype, quantized, precision) == exact
+
+
+def test_shortened_products_do_not_sample_exactly():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert not samples_exactly(torch.float32, False, "32-true")
+        assert samples_exactly(torch.float64, False, "64-true")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_only_the_role_that_sampled_takes_its_log_probabilities_from_there(tiny_model, files):
+    module = _module(tiny_model)
+    batch = stages.one_batch(module, files)
+    module.measure_score_statistics([batch])
+    trajectory = module.rollout(batch, 0, role="reference")
+    assert trajectory.role == "reference" and trajectory.logprobs is not None
+    with torch.no_grad():
+        expected, _ = module.backbone.token_logprobs("policy", trajectory.sequences)
+    found = module.reward(trajectory, batch.messages).logprobs
+    assert (found - trajectory.logprobs).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)

@@ -173,20 +173,14 @@ def test_gradients_flow_after_a_rollout(tiny_model, changes, autocast):
     assert not missing
 
 
-def test_rows_and_parts_carry_what_was_read():
-    """Widths differ between the parts; a part without log-probabilities leaves the whole without."""
+def test_rows_carry_what_was_read_and_by_whom():
     mask = torch.ones(2, 1, dtype=torch.int64)
     tables = [torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]) * factor for factor in (1, 10, 100)]
-    long = Trajectory.from_tokens(torch.tensor([[9, 5, 6], [9, 3, 2]]), mask, (2, 3), *tables)
-    assert long.logprobs.tolist() == [[-1, -2], [-3, 0]] and long.values.tolist() == [[-100, -200], [-300, 0]]
-    short = long.rows(slice(1, 2))
-    assert short.entropies.tolist() == [[-30, 0]]
-    narrow = Trajectory.from_tokens(torch.tensor([[9, 2]]), mask[:1], (2,), *(table[1:, 1:] for table in tables))
-    joined = Trajectory.concatenate([narrow, long], pad_id=2)
-    assert joined.logprobs.tolist() == [[-4, 0], [-1, -2], [-3, 0]]
-    assert joined.values[0].tolist() == [-400, 0] and joined.entropies[1].tolist() == [-10, -20]
+    both = Trajectory.from_tokens(torch.tensor([[9, 5, 6], [9, 3, 2]]), mask, (2, 3), "policy", *tables)
+    assert both.logprobs.tolist() == [[-1, -2], [-3, 0]] and both.values.tolist() == [[-100, -200], [-300, 0]]
+    second = both.rows(slice(1, 2))
+    assert second.entropies.tolist() == [[-30, 0]] and second.role == "policy"
     silent = Trajectory.from_tokens(torch.tensor([[9, 2]]), mask[:1], (2,))
-    assert Trajectory.concatenate([silent, long], pad_id=2).logprobs is None
     assert silent.rows(slice(0, 1)).values is None
 
 
