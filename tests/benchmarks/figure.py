@@ -19,6 +19,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "rs_ppo": {"color": "#0072B2"},
     "reinforce_pp": {"color": "#009E73", "linestyle": "--"},
     "rto_reinforce_pp": {"color": "#009E73"},
+    "rloo": {"color": "#F0E442", "linestyle": "--"},
+    "rto_rloo": {"color": "#F0E442"},
     "grpo": {"color": "#CC79A7", "linestyle": "--"},
     "rto_grpo": {"color": "#CC79A7"},
 }

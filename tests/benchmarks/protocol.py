@@ -70,6 +70,18 @@ METHODS = (
     ),
     Method("rto_reinforce_pp", "RTO-REINFORCE++", {"estimator": "reinforce++"}, _TOKEN_REWARDS),
     Method(
+        "rloo",
+        "RLOO",
+        {"estimator": "rloo", "beta_1": 0.0},
+        grid(responses_per_prompt=(4, 8), clip_range=(0.2, 0.4)),
+    ),
+    Method(
+        "rto_rloo",
+        "RTO-RLOO",
+        {"estimator": "rloo"},
+        tuple({**group, **rewards} for group in _GROUPS for rewards in _TOKEN_REWARDS[1:3]),
+    ),
+    Method(
         "grpo",
         "GRPO",
         {"estimator": "grpo", "beta_1": 0.0},
