@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from rto_lightning.memory import MemoryPlan
+    from rto_lightning.memory import Change, MemoryPlan
 
 
 class MemoryReport(Callback):
@@ -19,8 +19,8 @@ class MemoryReport(Callback):
     It is silent about a stage that cannot be planned, such as one with a model of unknown structure.
 
     Args:
-        path: The JSON file, in bytes: `planned`, and `measured_peak` since the models were loaded. That is what tensors
-            took of a GPU, and the resident memory of the process on a CPU.
+        path: The JSON file, in bytes: `planned`, or null without a plan, and `measured_peak` since the models were
+            loaded. That is what tensors took of a GPU, and the resident memory of the process on a CPU.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -41,26 +41,30 @@ class MemoryReport(Callback):
             self.plan = plan if device.type == "cuda" else replace(plan, process=memory.resident_bytes())
             available = memory.available_bytes(device)
             if available is not None and self.plan.peak > available:
-                changes = memory.proposed_changes(self.plan, pl_module, data, precision, foreach)
+                changes: list[Change] = []
+                with suppress(Exception):  # nor may proposals that fail keep the warning back
+                    changes = memory.proposed_changes(self.plan, pl_module, data, precision, foreach)
                 rank_zero_warn(memory.warning(self.plan, available, changes))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here: weight files that are mapped while they are read can leave memory again."""
-        if self.plan is not None:
-            from rto_lightning import memory
+        from rto_lightning import memory
 
-            memory.reset_peak(trainer.strategy.root_device)
+        memory.reset_peak(trainer.strategy.root_device)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file and print both peaks."""
-        if self.plan is None or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         from rto_lightning import memory
 
         measured = memory.peak_bytes(trainer.strategy.root_device)
-        contents = {"planned": self.plan.as_dict(), "measured_peak": measured}
+        contents = {"planned": self.plan.as_dict() if self.plan is not None else None, "measured_peak": measured}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-        planned, taken = memory.show_bytes(self.plan.peak), memory.show_bytes(measured)
-        before = f" ({memory.show_bytes(self.plan.process)} of each before loading)" if self.plan.process else ""
-        print(f"peak memory: {planned} planned, {taken} measured{before}: {self.path}")
+        figures, before = f"{memory.show_bytes(measured)} measured", ""
+        if self.plan is not None:
+            figures = f"{memory.show_bytes(self.plan.peak)} planned, {figures}"
+            if self.plan.process:
+                before = f" ({memory.show_bytes(self.plan.process)} of each before loading)"
+        print(f"peak memory: {figures}{before}: {self.path}")

@@ -46,7 +46,7 @@ def report(module: Any, data: Any, trainer: Any, as_json: bool) -> str:
         as_json: which of the two.
 
     Raises:
-        UserError: if there is no plan for such a stage, or a model's configuration cannot be read.
+        UserError: if there is no plan for such a stage or its models.
     """
     from rto_lightning import memory  # late, as it imports the models' libraries
 
@@ -55,8 +55,10 @@ def report(module: Any, data: Any, trainer: Any, as_json: bool) -> str:
     try:
         workload = memory.workload_of(module, data, precision)
         plan = memory.plan_memory(workload, 0 if on_gpu else memory.resident_bytes(), foreach=on_gpu)
-    except TypeError as error:
-        raise UserError(f"{error}; the stages of this package have one.") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever code of models and libraries raises
+        raise UserError(_no_plan(error)) from error
     available = None if on_gpu and not torch.cuda.is_available() else memory.available_bytes(device)
     fits = available is None or plan.peak <= available
     # Without the device nobody knows whether it fits, and the changes say how far one could get.
@@ -70,6 +72,14 @@ def report(module: Any, data: Any, trainer: Any, as_json: bool) -> str:
         "changes": {change.setting: change.peak for change in changes},
     }
     return json.dumps(contents, indent=2) + "\n"
+
+
+def _no_plan(error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return (
+        f"this stage cannot be planned ({type(error).__name__}: {reason}); `rto-lightning fit` runs without a plan and "
+        "writes the memory it took."
+    )
 
 
 def planned_device(accelerator: str) -> torch.device:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rto_lightning.errors import UserError
 from rto_lightning.memory.plan import MemoryPlan, plan_memory
 from rto_lightning.memory.stages import workload_of
 from rto_lightning.modules import RTOModule, StageModule
@@ -59,7 +58,7 @@ def proposed_changes(
 def _peak(module: StageModule, data: Any, precision: str, foreach: bool, process: int) -> int | None:
     try:
         return plan_memory(workload_of(module, data, precision), process, foreach).peak
-    except (UserError, ImportError):  # a change that this model or installation does not allow is none
+    except Exception:  # a change that this model or installation does not allow is none
         return None
 
 

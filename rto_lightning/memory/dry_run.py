@@ -28,7 +28,6 @@ Kind = Literal[
     "gradients",
     "optimizer",
     "optimizer step",
-    "16-bit copies",
     "activations",
     "KV cache",
     "prefill",
@@ -70,7 +69,7 @@ def dry_run(workload: Workload, depth: int | None, foreach: bool) -> dict[Quanti
             sizes[Quantity("gradients", role.name)] = tensor_bytes(parameters)
             sizes[Quantity("optimizer", role.name)] = state
             sizes[Quantity("optimizer step", role.name)] = step
-    seen: dict[Any, tuple[int, int]] = {}
+    seen: dict[Any, int] = {}
     for phase in workload.phases:
         for part in phase.parts:
             if isinstance(part, Rollout):
@@ -80,10 +79,7 @@ def dry_run(workload: Workload, depth: int | None, foreach: bool) -> dict[Quanti
             alike = (_weights_of(shapes, part.role), part.reading, part.rows, part.backward)
             if alike not in seen:
                 seen[alike] = _forward_bytes(shapes, part, workload)
-            activations, copies = seen[alike]
-            sizes[Quantity("activations", part.role, part)] = activations
-            if part.role in shapes.roles and shapes.roles[part.role].kind == "model":
-                sizes[Quantity("16-bit copies", part.role, part)] = copies
+            sizes[Quantity("activations", part.role, part)] = seen[alike]
     return sizes
 
 
@@ -95,25 +91,22 @@ def _weights_of(shapes: StageShapes, role: str) -> Any:
     return weights.kind, repr(weights.lora), weights.trained
 
 
-def _forward_bytes(shapes: StageShapes, part: Forward, workload: Workload) -> tuple[int, int]:
-    """The most that is alive at a time beside weights and gradients, and what an autocast context keeps of it."""
+def _forward_bytes(shapes: StageShapes, part: Forward, workload: Workload) -> int:
+    """The most that is alive at a time beside weights and gradients."""
     with shapes.fake:
         ids = torch.empty(part.rows, workload.tokens, dtype=torch.int64)
         with LiveBytes(shapes.weights()) as live, shapes.play(part.role) as model:
             with _autocast(workload), torch.set_grad_enabled(part.backward):
                 loss: Any = _read(shapes, part, model, ids, workload)
-                if workload.one_autocast and part.backward:
-                    torch.autograd.backward([loss])
-                    del loss
-                    copies = live.now if workload.precision == "bf16-mixed" else 0
-                    return live.peak - copies, copies
             if part.backward:
                 torch.autograd.backward([loss])
-    return live.peak, 0
+    return live.peak
 
 
 def _autocast(workload: Workload) -> Any:
-    return torch.autocast("cpu", dtype=torch.bfloat16) if workload.precision == "bf16-mixed" else nullcontext()
+    if workload.precision != "bf16-mixed":
+        return nullcontext()
+    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)  # as Lightning does
 
 
 def _read(shapes: StageShapes, part: Forward, model: Any, ids: Tensor, workload: Workload) -> Tensor:
@@ -176,31 +169,41 @@ def _head(shapes: StageShapes, role: str) -> Callable[[Tensor], Tensor]:
 
 
 def _rollout_bytes(shapes: StageShapes, part: Rollout, workload: Workload) -> dict[Kind, int]:
-    """The full key-value cache; the most that is alive with part of it while prompts are read, and beside it later."""
+    """The full key-value cache; the most that is alive, with part of it, until first tokens are drawn; beside it later.
+
+    The sizes are those of :func:`~rto_lightning.backbone.decoding.decode`, if no response ends early.
+    """
     tokens = workload.prompt_tokens + part.new_tokens - 1  # the last token of a response is never read
-    with shapes.fake, torch.no_grad():
-        ids = torch.empty(part.rows, workload.prompt_tokens, dtype=torch.int64)
+    prompts = part.rows if part.prompts is None else part.prompts
+    play = shapes.play(part.role)
+    with shapes.fake, torch.no_grad(), play as model, evaluating(model), _autocast(workload):
+        ids = torch.empty(prompts, workload.prompt_tokens, dtype=torch.int64)
         mask = torch.ones_like(ids)
-        with shapes.play(part.role) as model, evaluating(model), _autocast(workload):
-            cache: Any = build_cache(model.config, tokens)
-            decoder = model.get_decoder()
-            with LiveBytes(shapes.weights()) as prefill:
-                decoder(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=mask.cumsum(-1) - 1,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-            cache_bytes = sum(_cache_layer_bytes(layer, workload.prompt_tokens, tokens) for layer in cache.layers)
-            with LiveBytes(shapes.weights()) as step:
-                output_layer = model.get_output_embeddings()
-                hidden = torch.empty(part.rows, output_layer.in_features, dtype=output_layer.weight.dtype)
-                logits = output_layer(hidden)
-                drawn = logits[: max(1, SAMPLED_LOGITS // logits.shape[1])]
-                draw_tokens(drawn, torch.empty(len(drawn), dtype=torch.float64), 0.5, part.with_logprobs)
-            growth = cache_bytes // max(1, 2 * len(cache.layers))  # a layer's keys are copied into more room
-    return {"KV cache": cache_bytes, "prefill": prefill.peak, "decoding": step.peak + growth}
+        cache: Any = build_cache(model.config, tokens)
+        decoder, output_layer = model.get_decoder(), model.get_output_embeddings()
+        with LiveBytes(shapes.weights()) as first:
+            read = {"attention_mask": mask, "position_ids": mask.cumsum(-1) - 1, "past_key_values": cache}
+            hidden = decoder(input_ids=ids, use_cache=True, **read).last_hidden_state[:, -1].contiguous()
+            logits = output_layer(hidden)
+            if prompts < part.rows:
+                logits = logits[torch.empty(part.rows, dtype=torch.int64)]
+            _draw(logits, part.with_logprobs)
+        layers = [_cache_layer_bytes(layer, workload.prompt_tokens, tokens) for layer in cache.layers]
+        layers = [size * part.rows // prompts for size in layers]
+        growth = max(layers, default=0)  # a layer is copied into more room, one at a time
+        with LiveBytes(shapes.weights()) as later:
+            hidden = torch.empty(part.rows, hidden.shape[1], dtype=hidden.dtype)
+            logits = output_layer(hidden)
+            held = later.now
+            if part.new_tokens > 1:
+                logits = output_layer(hidden)  # while those of the step before are still there
+            _draw(logits, part.with_logprobs)
+    return {"KV cache": sum(layers), "prefill": first.peak, "decoding": max(later.peak, held + growth)}
+
+
+def _draw(logits: Tensor, with_logprobs: bool) -> None:
+    part = logits[: max(1, SAMPLED_LOGITS // logits.shape[1])]
+    draw_tokens(part, torch.empty(len(part), dtype=torch.float64), 0.5, with_logprobs)
 
 
 def _cache_layer_bytes(layer: Any, prompt_tokens: int, tokens: int) -> int:

@@ -11,9 +11,14 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # see proc_pid_clear_refs(5)
 _CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", ("inactive_file", "active_file")),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
 )
+"""Limit, use, and what the `memory.stat` beside them calls cached files, of versions 2 and 1."""
 
 
 def resident_bytes() -> int:
@@ -62,10 +67,20 @@ def _machine_free_bytes() -> int | None:
 
 def _cgroup_free_bytes() -> int | None:
     """What a container's limit leaves; None without a limit."""
-    for limit, used in _CGROUPS:
+    for limit, used, cached in _CGROUPS:
         with suppress(OSError, ValueError):  # `max` is no number: there is no limit
-            return max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            room = int(Path(limit).read_text()) - int(Path(used).read_text())
+            # The kernel counts cached files as used, and drops them before it refuses memory.
+            return max(0, room + _cached_bytes(Path(used).with_name("memory.stat"), cached))
     return None
+
+
+def _cached_bytes(statistics: Path, names: tuple[str, ...]) -> int:
+    """The sum of some lines of a `memory.stat`; 0 where there is none."""
+    with suppress(OSError, ValueError):
+        lines = (line.split() for line in statistics.read_text(encoding="ascii").splitlines())
+        return sum(int(value) for name, value in lines if name in names)
+    return 0
 
 
 def _status(name: str) -> int | None:

@@ -59,8 +59,6 @@ class MemoryPlan:
     """Base, outside models and roles."""
     optimizers: tuple[Item, ...]
     """State by role."""
-    copies: int
-    """16-bit copies of trained weights, which mixed precision keeps during an iteration."""
     process: int
     """Resident before anything is loaded: libraries and data. 0 on a GPU."""
     phases: tuple[PhasePlan, ...]
@@ -69,7 +67,7 @@ class MemoryPlan:
     @property
     def resident(self) -> int:
         """What is there in every phase."""
-        return self.process + self.copies + sum(item.bytes for item in (*self.weights, *self.optimizers))
+        return self.process + sum(item.bytes for item in (*self.weights, *self.optimizers))
 
     @property
     def peak_phase(self) -> PhasePlan:
@@ -91,7 +89,7 @@ class MemoryPlan:
 def plan_memory(workload: Workload, process: int = 0, foreach: bool = False) -> MemoryPlan:
     """Plan the memory of a stage.
 
-    Deep models of like layers are tried with two and with three layers, from which the bytes of all of them follow.
+    Frozen models of many like layers are tried with two and with three of them, from which the bytes of all follow.
 
     Args:
         workload: the stage.
@@ -106,8 +104,6 @@ def plan_memory(workload: Workload, process: int = 0, foreach: bool = False) -> 
     def items(kind: Kind) -> tuple[Item, ...]:
         return tuple(Item(key.role, size) for key, size in sizes.items() if key.kind == kind and size > 0)
 
-    # Each role is read in several parts, but its weights are copied once.
-    copied = {key.role: size for key, size in sizes.items() if key.kind == "16-bit copies"}
     return MemoryPlan(
         stage=workload.stage,
         model=workload.backbone.model,
@@ -117,7 +113,6 @@ def plan_memory(workload: Workload, process: int = 0, foreach: bool = False) -> 
         batch=workload.batch,
         weights=items("weights"),
         optimizers=items("optimizer"),
-        copies=sum(copied.values()),
         process=process,
         phases=tuple(_phase(workload, phase, sizes) for phase in workload.phases),
     )
@@ -130,39 +125,48 @@ def _phase(workload: Workload, phase: Phase, sizes: dict[Quantity, int]) -> Phas
     items = [Item("gradients", total("gradients", phase.trains))]
     if phase.copies_base:
         items.append(Item("base", sizes[Quantity("weights", BASE)]))
-    computed = 0
-    for part in phase.parts:
-        if isinstance(part, Forward):
-            computed = max(computed, sizes[Quantity("activations", part.role, part)])
-            continue
-        cache, prefill, decoding = (
-            sizes[Quantity(kind, part.role, part)] for kind in ("KV cache", "prefill", "decoding")
-        )
-        items.append(Item("KV cache", cache))
-        computed = max(prefill - cache, decoding)
-    updates = any(isinstance(part, Forward) and part.backward for part in phase.parts)
-    step = max((sizes[Quantity("optimizer step", role)] for role in phase.trains), default=0) if updates else 0
-    items.append(Item("activations", computed) if computed >= step else Item("optimizer step", step))
+    computed = [_computed(part, sizes) for part in phase.parts]
+    if any(isinstance(part, Forward) and part.backward for part in phase.parts):
+        computed += [(Item("optimizer step", sizes[Quantity("optimizer step", role)]),) for role in phase.trains]
+    items += max(computed, key=lambda made: sum(item.bytes for item in made))
     if not any(isinstance(part, Rollout) for part in phase.parts):
         rows, tokens = workload.samples, workload.response_tokens
         items.append(Item("trajectory", rows * (workload.tokens * _ID_BYTES + tokens * _TOKEN_BYTES)))
     return PhasePlan(phase.name, tuple(item for item in items if item.bytes > 0))
 
 
+def _computed(part: Forward | Rollout, sizes: dict[Quantity, int]) -> tuple[Item, ...]:
+    """The most that is there at a time in one part."""
+    if isinstance(part, Forward):
+        return (Item("activations", sizes[Quantity("activations", part.role, part)]),)
+    cache, prefill, decoding = (sizes[Quantity(kind, part.role, part)] for kind in ("KV cache", "prefill", "decoding"))
+    return Item("KV cache", cache), Item("activations", max(prefill - cache, decoding))
+
+
 def _sizes(workload: Workload, foreach: bool) -> dict[Quantity, int]:
     """Bytes of everything at full depth."""
-    sources = {BASE: workload.backbone.model}
-    sources |= {role.name: role.source for role in workload.roles if role.source is not None}
-    sources |= {outside.source: outside.source for outside in workload.outside}
     base = workload.backbone
-    configs = {name: read_config(source, None if name == source else base) for name, source in sources.items()}
+    outside = {model.source for model in workload.outside}
+    sources = {BASE: base.model} | {source: source for source in outside}
+    sources |= {role.name: role.source for role in workload.roles if role.source is not None}
+    configs = {name: read_config(source, None if name in outside else base) for name, source in sources.items()}
     layers = {name: layers_of(config) for name, config in configs.items()}
     two, three = _DEPTHS
-    if max(layers.values()) <= three or not all(layers_are_alike(config) for config in configs.values()):
+    alike = (layers_are_alike(config, None if name in outside else base) for name, config in configs.items())
+    if max(layers.values()) <= three or _trains_models(workload) or not all(alike):
         return dry_run(workload, None, foreach)
     few, more = dry_run(workload, two, foreach), dry_run(workload, three, foreach)
     depths = {key: layers.get(key.role, layers[BASE]) for key in few}
     return {key: few[key] + (depths[key] - two) * (more[key] - few[key]) for key in few}
+
+
+def _trains_models(workload: Workload) -> bool:
+    """Whether every weight of a model is trained, so that its peak need not grow evenly with its layers.
+
+    Of few layers the backward pass takes the most at its end, where the gradient of the embedding is made, which is as
+    large in a model of many layers; those take the most at its beginning.
+    """
+    return any(role.trained and role.kind == "model" for role in workload.roles)
 
 
 def _named(items: Sequence[Item]) -> dict[str, int]:

@@ -27,7 +27,7 @@ BASE = "base"
 NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 """Weights for each 8-bit scale, and scales for each float32 one, of NF4 with double quantization."""
 
-_ALIKE: dict[str, bool] = {}
+_ALIKE: dict[tuple[bool, str], bool] = {}
 """What was found out of each configuration; it takes as long as the plan itself."""
 
 
@@ -137,7 +137,9 @@ class StageShapes:
         config.num_labels = 1
         if config.pad_token_id is None:
             config.pad_token_id = 0
-        model = AutoModelForSequenceClassification.from_config(config, dtype=self.settings.frozen_dtype)
+        dtype = self.settings.frozen_dtype
+        # False, since None asks on the terminal.
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=False)
         return model.requires_grad_(False).eval()
 
 
@@ -146,16 +148,15 @@ def read_config(source: str, settings: BackboneSettings | None = None) -> Any:
 
     Args:
         source: folder or hub name.
-        settings: of the base model, whose revision and trust hold for it; None for an outside model.
+        settings: of the base model, whose revision and trust hold for it; None for an outside model,
+            whose own code is never run.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or it needs code that is not trusted.
     """
-    options: dict[str, Any] = {}
-    if settings is not None:
-        options["trust_remote_code"] = settings.trust_remote_code
-        if source == settings.model and settings.revision is not None:
-            options["revision"] = settings.revision
+    options: dict[str, Any] = {"trust_remote_code": settings is not None and settings.trust_remote_code}
+    if settings is not None and source == settings.model and settings.revision is not None:
+        options["revision"] = settings.revision
     try:
         return AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
@@ -181,20 +182,27 @@ def shortened(config: Any, depth: int | None) -> Any:
     return config
 
 
-def layers_are_alike(config: Any) -> bool:
-    """Whether memory grows by the same amount with each layer, as far as a configuration and parameter counts tell."""
+def layers_are_alike(config: Any, settings: BackboneSettings | None = None) -> bool:
+    """Whether memory grows by the same amount with each layer, as far as a configuration and parameter counts tell.
+
+    Args:
+        config: of a model.
+        settings: of the base model, as for :func:`read_config`; None for an outside model, a sequence classifier.
+    """
     if len(set(getattr(config.get_text_config(), "layer_types", None) or ())) > 1:
         return False
-    key = config.to_json_string()
+    key = settings is None, config.to_json_string()
     if key not in _ALIKE:
-        two, three, full = (_count_weights(config, depth) for depth in (2, 3, None))
+        two, three, full = (_count_weights(config, depth, settings) for depth in (2, 3, None))
         _ALIKE[key] = full == two + (layers_of(config) - 2) * (three - two)
     return _ALIKE[key]
 
 
-def _count_weights(config: Any, depth: int | None) -> int:
+def _count_weights(config: Any, depth: int | None, settings: BackboneSettings | None) -> int:
+    kind = AutoModelForCausalLM if settings is not None else AutoModelForSequenceClassification
+    trust = settings is not None and settings.trust_remote_code
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shortened(config, depth))
+        model = kind.from_config(shortened(config, depth), trust_remote_code=trust)
     return sum(weight.numel() for weight in model.parameters())
 
 

@@ -7,6 +7,7 @@ from rto_lightning.memory.roles import copies_base_later, outside_models_of, rol
 from rto_lightning.memory.workload import Forward, OutsideModel, Phase, Reading, RoleWeights, Rollout, Workload
 from rto_lightning.modules import PreferenceModule, RewardModelModule, RTOModule, SFTModule, StageModule
 from rto_lightning.modules.scoring import samples_exactly
+from rto_lightning.rollout import RolloutSettings
 
 
 def workload_of(module: StageModule, data: Any, precision: str = "32-true") -> Workload:
@@ -70,20 +71,21 @@ def _rto(module: RTOModule, data: PromptDataModule, precision: str) -> Workload:
     settings, ppo, rollout = module.settings, module.ppo, module.rollout_settings
     samples = data.batch_size * rollout.responses_per_prompt
     held_out = data.eval_batch_size if data.sources["validation"] is not None else 0
-    sampled = min(rollout.batch_size or max(samples, held_out), max(samples, held_out))
     update_rows = min(ppo.microbatch_size, ppo.minibatch_size or samples)
     scoring_rows = min(ppo.scoring_batch_size or 2 * ppo.microbatch_size, max(samples, held_out))
     keeps = ppo.sampling_logprobs
     if keeps is None:
         keeps = samples_exactly(settings.frozen_dtype, settings.quantization is not None, precision)
     roles, outside = roles_of(module), outside_models_of(module)
+    rollouts = _rollouts(rollout, samples, held_out, keeps)
+    sampled = max(part.rows for part in rollouts)
     at_a_time = f"{sampled} sampled, {scoring_rows} scored, {update_rows} updated at a time"
     return Workload(
         stage=module.stage_name,
         backbone=settings,
         roles=roles,
         phases=(
-            Phase("rollout", (Rollout("policy", sampled, rollout.max_new_tokens, keeps),)),
+            Phase("rollout", rollouts),
             Phase("scoring", _scoring(roles, outside, scoring_rows, keeps)),
             *_updates(roles, update_rows, ppo.entropy_coefficient != 0),
         ),
@@ -92,9 +94,21 @@ def _rto(module: RTOModule, data: PromptDataModule, precision: str) -> Workload:
         batch=f"{samples} responses an iteration, {at_a_time}",
         precision=precision,
         samples=max(samples, held_out),
-        one_autocast=True,
         outside=outside,
     )
+
+
+def _rollouts(settings: RolloutSettings, samples: int, held_out: int, keeps_logprobs: bool) -> tuple[Rollout, ...]:
+    """One batch of training, whose neighbours share prompts, and one of validation if it has more prompts."""
+    rows = min(settings.batch_size or samples, samples)
+    group = settings.responses_per_prompt
+    # A batch that does not start with a prompt's first response holds parts of two more prompts.
+    prompts = rows // group if rows % group == 0 else min(rows, (rows - 2) // group + 2)
+    training = Rollout("policy", rows, settings.max_new_tokens, keeps_logprobs, prompts if group > 1 else None)
+    rows = min(settings.batch_size or held_out, held_out)
+    if rows <= prompts:
+        return (training,)
+    return training, Rollout("policy", rows, settings.max_new_tokens, keeps_logprobs)
 
 
 def _scoring(

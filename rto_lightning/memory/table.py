@@ -32,8 +32,6 @@ def plan_table(plan: MemoryPlan, device: str, available: int | None, changes: Se
     ]
     lines += _block("weights", plan.weights)
     lines += _block("optimizer state", plan.optimizers)
-    if plan.copies:
-        lines.append(_row("16-bit copies of trained weights (mixed precision)", plan.copies))
     if plan.process:
         lines.append(_row("process before loading (measured)", plan.process))
     lines += [_row("resident", plan.resident), ""]

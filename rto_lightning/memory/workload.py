@@ -72,6 +72,8 @@ class Rollout:
     """Length limit of a response."""
     with_logprobs: bool = False
     """Whether log-probabilities and entropies are kept."""
+    prompts: int | None = None
+    """Different prompts among them at most, which are neighbours and read once; None if each row has its own."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,6 @@ class Workload:
     """The trainer's."""
     samples: int = 0
     """Responses of an iteration, whose figures for each token are kept; 0 where a batch is all there is."""
-    one_autocast: bool = False
-    """Whether a whole step runs in one autocast context, which keeps its 16-bit copies of trained weights."""
     outside: tuple[OutsideModel, ...] = ()
     """Reward models that share nothing with the base."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForSequenceClassification, BertConfig, DebertaV2Config
 
 from rto_lightning import memory
 from rto_lightning.cli import main
@@ -81,7 +82,7 @@ def test_json_has_the_same_sums(capsys):
     assert set(plan["weights"]) == {"base", "policy", "dpo", "reward", "critic"}
     assert set(plan["optimizers"]) == {"policy", "critic"} and plan["device"] == "cpu"
     sums = sum(plan["weights"].values()) + sum(plan["optimizers"].values())
-    assert plan["resident"] == plan["process"] + plan["copies"] + sums and plan["process"] > 2**26
+    assert plan["resident"] == plan["process"] + sums and plan["process"] > 2**26
     assert plan["peak"] == plan["resident"] + max(phase["bytes"] for phase in plan["phases"])
     assert plan["peak"] < plan["available"] and plan["changes"] == {}
 
@@ -122,6 +123,31 @@ def test_mistakes_are_told_in_one_sentence(capsys, args, words):
     assert captured.out == "" and captured.err.count("\n") == 1 and words in captured.err
 
 
+ENCODER = dict(num_hidden_layers=4, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_labels=1)
+
+
+@pytest.mark.parametrize("config", [BertConfig(**ENCODER), DebertaV2Config(**ENCODER, relative_attention=True)])
+def test_an_encoder_may_score(capsys, config):
+    config.save_pretrained("CLASSIFIER")
+    options = "--model.reward", "./CLASSIFIER", "--model.critic.init", "policy"
+    plan = planned(capsys, "--config", "rto.yaml", *options)
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert plan["weights"]["./CLASSIFIER"] == 4 * sum(weight.numel() for weight in model.parameters())
+
+
+def test_a_stage_that_cannot_be_planned_is_told_in_one_sentence(capsys, monkeypatch):
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("an unknown architecture.\nand more")
+
+    monkeypatch.setattr(memory, "plan_memory", fail)
+    assert main(["plan", "--config", "rto.yaml"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == (
+        "rto-lightning: error: this stage cannot be planned (RuntimeError: an unknown architecture); "
+        "`rto-lightning fit` runs without a plan and writes the memory it took.\n"
+    )
+
+
 def test_a_run_ends_with_planned_and_measured_peak(capsys, trainable):
     assert main(["fit", "--config", "sft.yaml"]) == 0
     written = json.loads(Path("out/memory.json").read_text())
@@ -133,14 +159,30 @@ def test_a_run_ends_with_planned_and_measured_peak(capsys, trainable):
     assert line.endswith("out/memory.json")
 
 
-def test_a_run_warns_before_it_loads_what_does_not_fit(monkeypatch):
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What is warned of on a machine that has 1 MiB."""
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**20)
     said: list[str] = []
     monkeypatch.setattr("rto_lightning.callbacks.memory_report.rank_zero_warn", said.append)
     monkeypatch.setattr("rto_lightning.data.module.ChatDataModule.setup", lambda data, stage: None)
+    return said
+
+
+def test_a_run_warns_before_it_loads_what_does_not_fit(said):
     assert main(["fit", "--config", "sft.yaml"]) == 1  # there is no model to load
     [sentence] = said
     assert sentence.startswith("the memory plan takes ") and "but 1.0 MiB are available; " in sentence
+
+
+def test_a_run_warns_also_if_proposals_fail(said, monkeypatch):
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no proposals")
+
+    monkeypatch.setattr(memory, "proposed_changes", fail)
+    assert main(["fit", "--config", "sft.yaml"]) == 1
+    [sentence] = said
+    assert "but 1.0 MiB are available; use a smaller model or a larger device." in sentence
 
 
 def test_a_plan_that_fails_does_not_end_a_run(trainable, monkeypatch, capsys):
@@ -150,5 +192,8 @@ def test_a_plan_that_fails_does_not_end_a_run(trainable, monkeypatch, capsys):
     monkeypatch.setattr(memory, "plan_memory", fail)
     assert main(["fit", "--config", "sft.yaml"]) == 0
     captured = capsys.readouterr()
-    assert Path("out/role").is_dir() and not Path("out/memory.json").exists()
-    assert "peak memory" not in captured.out and "architecture" not in captured.out + captured.err
+    written = json.loads(Path("out/memory.json").read_text())
+    assert Path("out/role").is_dir() and written["planned"] is None
+    taken = memory.show_bytes(written["measured_peak"])
+    assert f"peak memory: {taken} measured: " in captured.out
+    assert "planned" not in captured.out and "architecture" not in captured.out + captured.err

@@ -1,23 +1,27 @@
 """Plans against the same work on real tensors."""
 
 import importlib
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch._subclasses.fake_tensor import is_fake
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config, masking_utils
 
 from rto_lightning.backbone import BackboneSettings, LoraSettings, PolicyBackbone, Sequences, load_chat_tokenizer
+from rto_lightning.backbone.decoding import Draw, decode, evaluating
 from rto_lightning.backbone.kv_cache import build_cache
 from rto_lightning.memory.dry_run import Quantity, dry_run
 from rto_lightning.memory.live_bytes import LiveBytes, tensor_bytes
 from rto_lightning.memory.plan import plan_memory
-from rto_lightning.memory.shapes import StageShapes, layers_are_alike, model_tensors, shortened
+from rto_lightning.memory.shapes import model_tensors
 from rto_lightning.memory.workload import Forward, Phase, RoleWeights, Rollout, Workload
+from rto_lightning.rollout.sampling import SeededSampling
 from tests.tiny import tiny_tokenizer
 
 ADAM = partial(torch.optim.AdamW, lr=1e-3)
@@ -30,6 +34,10 @@ CONFIGS = {
     "llama": LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=1, tie_word_embeddings=False),
     "neox": GPTNeoXConfig(**SHAPE),
+    # Deep enough for two and three layers to stand for all, and with an embedding that is large beside those.
+    "deep": LlamaConfig(
+        **{**SHAPE, "vocab_size": 20000, "num_hidden_layers": 6}, num_key_value_heads=2, tie_word_embeddings=True
+    ),
 }
 
 
@@ -85,13 +93,13 @@ def weights_of(backbone: PolicyBackbone) -> list[torch.Tensor]:
     return tensors + [weight.grad for weight in tensors if weight.grad is not None]
 
 
-def measured(settings: BackboneSettings, part: Forward) -> int:
+def measured(settings: BackboneSettings, part: Forward, context: Callable[[], Any] = nullcontext) -> int:
     """The most bytes alive at a time in the real work, beside weights and gradients."""
     backbone = backbone_of(settings)
     for weight in backbone.trained_parameters("policy"):
         weight.grad = torch.zeros_like(weight)
     known = weights_of(backbone)
-    with LiveBytes(known) as live, torch.set_grad_enabled(part.backward), backbone.play(part.role):
+    with LiveBytes(known) as live, torch.set_grad_enabled(part.backward), backbone.play(part.role), context():
         loss = work(backbone, part)
         if part.backward:
             loss.backward()
@@ -237,21 +245,55 @@ def test_the_key_value_cache_is_counted_exactly(folders, architecture, options):
     assert planned[Quantity("KV cache", "policy", part)] == tensor_bytes(held)
 
 
-def test_mixed_precision_keeps_16_bit_copies_of_trained_weights(folders):
-    settings = BackboneSettings(folders["llama"], lora=LORA, mode="full")
-    part = Forward("policy", "logprobs", ROWS, backward=True)
-    mixed = dry_run(workload(settings, part, precision="bf16-mixed", one_autocast=True), None, False)
-    plain = dry_run(workload(settings, part, one_autocast=True), None, False)
-    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-    assert mixed[Quantity("16-bit copies", "policy", part)] == pytest.approx(2 * linear, rel=0.02)
-    assert plain[Quantity("16-bit copies", "policy", part)] == 0
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_rollout_takes_what_is_planned(folders, monkeypatch, group):
+    """If no response ends early; with one row drawn at a time, so that the logits of all rows matter."""
+    for module in ("rto_lightning.memory.dry_run", "rto_lightning.rollout.sampling"):
+        monkeypatch.setattr(f"{module}.SAMPLED_LOGITS", 1)
+    settings = BackboneSettings(folders["deep"], lora=LORA)
+    rows = 6
+    part = Rollout("policy", rows, RESPONSE, prompts=rows // group)
+    planned = dry_run(workload(settings, part), None, False)
+    cache, prefill, decoding = (planned[Quantity(kind, "policy", part)] for kind in ("KV cache", "prefill", "decoding"))
+    backbone = backbone_of(settings)
+    ids = torch.randint(3, 259, (rows // group, PROMPT)).repeat_interleave(group, dim=0)
+
+    def most(token: int) -> int:
+        sampling = SeededSampling(list(range(rows)), RESPONSE, 1.0)
+
+        def draw(logits: torch.Tensor, rows: torch.Tensor, step: int) -> Draw:
+            return Draw(torch.full_like(sampling(logits, rows, step).tokens, token))
+
+        with LiveBytes(weights_of(backbone)) as live, backbone.play("policy") as model, evaluating(model):
+            decode(model, ids, torch.ones_like(ids), draw, (2,), 2, RESPONSE)
+        return live.peak
+
+    all_end, none_ends = most(2), most(3)
+    assert prefill == pytest.approx(all_end, rel=0.05)
+    assert max(prefill, cache + decoding) == pytest.approx(none_ends, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["adapters", "full with checkpointing"])
-def test_a_deep_model_follows_from_two_and_three_layers(tmp_path, name):
-    LlamaConfig(**{**SHAPE, "num_hidden_layers": 5}, num_key_value_heads=2).save_pretrained(tmp_path)
-    settings = BackboneSettings(str(tmp_path), lora=LORA, **SETTINGS[name])
+@pytest.mark.parametrize("backward", [False, True])
+def test_mixed_precision_takes_what_is_planned(folders, backward):
+    """In Lightning's context, which does not keep the 16-bit copy of a weight from one product to the next."""
+    settings = BackboneSettings(folders["llama"], lora=LORA, **SETTINGS["full with checkpointing"])
+    part = Forward("policy", "logprobs", ROWS, backward)
+    planned = dry_run(workload(settings, part, precision="bf16-mixed"), None, False)
+    real = measured(settings, part, MixedPrecision("bf16-mixed", "cpu").train_step_context)
+    assert planned[Quantity("activations", "policy", part)] == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["adapters", "full"])
+def test_a_deep_model_takes_what_is_planned(folders, name):
+    settings = BackboneSettings(folders["deep"], lora=LORA, **SETTINGS[name])
+    part = Forward("policy", "score", ROWS, backward=True)
+    [phase] = plan_memory(workload(settings, part)).phases
+    [activations] = [item.bytes for item in phase.items if item.name == "activations"]
+    assert activations == pytest.approx(measured(settings, part), rel=0.03)
+
+
+def test_a_frozen_deep_model_follows_from_two_and_three_layers(folders):
+    settings = BackboneSettings(folders["deep"], lora=LORA, **SETTINGS["checkpointing"])
     parts = Forward("policy", "logprobs", ROWS, True), Rollout("policy", ROWS, RESPONSE)
     stage = workload(settings, *parts)
     stage = replace(stage, phases=(Phase("update", parts[:1], ("policy",)), Phase("rollout", parts[1:])))
@@ -266,13 +308,6 @@ def test_a_deep_model_follows_from_two_and_three_layers(tmp_path, name):
     assert rollout["KV cache"] == exact[Quantity("KV cache", "policy", parts[1])]
 
 
-def test_layers_that_differ_are_seen():
-    alike = Qwen2Config(**{**SHAPE, "num_hidden_layers": 6})
-    mixed = Qwen2Config(**{**SHAPE, "num_hidden_layers": 6}, use_sliding_window=True, max_window_layers=3)
-    assert layers_are_alike(alike) and not layers_are_alike(mixed)
-    assert shortened(mixed, 4).layer_types == mixed.layer_types[:4] and len(mixed.layer_types) == 6
-
-
 def test_a_plan_leaves_no_trace(folders):
     """Neither in random numbers, from which adapters start, nor in transformers, nor in bitsandbytes' tables."""
     before, find = torch.get_rng_state(), masking_utils.find_packed_sequence_indices
@@ -283,11 +318,3 @@ def test_a_plan_leaves_no_trace(folders):
     assert masking_utils.find_packed_sequence_indices is find
     tables = importlib.import_module("bitsandbytes.functional").name2qmap.values()
     assert not any(is_fake(table) for table in tables)
-
-
-def test_shapes_hold_no_memory(tmp_path: Path):
-    """A model of 40 GB, whose one weight file is not there."""
-    LlamaConfig(**{**SHAPE, "hidden_size": 32768, "intermediate_size": 65536}).save_pretrained(tmp_path)
-    stage = workload(BackboneSettings(str(tmp_path), lora=LORA), Forward("policy", "logprobs", ROWS, True))
-    shapes = StageShapes(stage, None)
-    assert shapes.base_bytes() > 40e9 and len(shapes.parameters("policy")) == 2 * 7 * 2 + 2

@@ -21,7 +21,6 @@ PLAN = MemoryPlan(
     batch="16 responses an iteration",
     weights=(Item("base", 5 * GIB), Item("policy", GIB // 10)),
     optimizers=(Item("policy", GIB // 5),),
-    copies=GIB // 50,
     process=GIB // 2,
     phases=(
         PhasePlan("rollout", (Item("KV cache", 2 * GIB), Item("activations", GIB // 4))),
@@ -32,7 +31,7 @@ ALL = Change("all of these", 2 * GIB)
 
 
 def test_the_peak_is_what_is_resident_and_the_largest_phase():
-    assert PLAN.resident == sum((5 * GIB, GIB // 10, GIB // 5, GIB // 50, GIB // 2))
+    assert PLAN.resident == sum((5 * GIB, GIB // 10, GIB // 5, GIB // 2))
     assert PLAN.peak_phase.name == "update of policy"
     assert PLAN.peak == PLAN.resident + GIB // 10 + 3 * GIB
     contents = PLAN.as_dict()
@@ -49,8 +48,8 @@ def test_the_table_fits_a_terminal_and_names_every_part():
     lines = table.splitlines()
     assert max(map(len, lines)) <= 80
     rows = {line[:66].strip(): line[66:].strip() for line in lines if len(line) == 78}
-    assert rows["weights"] == "5.10 GiB" and rows["resident"] == "5.82 GiB"
-    assert rows["+ rollout"] == "2.25 GiB" and rows["peak (resident + update of policy)"] == "8.92 GiB"
+    assert rows["weights"] == "5.10 GiB" and rows["resident"] == "5.80 GiB"
+    assert rows["+ rollout"] == "2.25 GiB" and rows["peak (resident + update of policy)"] == "8.90 GiB"
     assert rows["available"] == "4.00 GiB" and rows["all of these"] == "2.00 GiB"
     assert "no GPU here" in plan_table(PLAN, "cuda", None)
 
@@ -58,7 +57,7 @@ def test_the_table_fits_a_terminal_and_names_every_part():
 def test_the_warning_is_one_sentence_with_what_to_change():
     changes = [Change("a.b 1", 3 * GIB), Change("c.d true", 5 * GIB), ALL]
     assert warning(PLAN, 4 * GIB, changes) == (
-        "the memory plan takes 8.92 GiB, but 4.00 GiB are available; set a.b 1 (3.00 GiB). `rto-lightning plan` shows "
+        "the memory plan takes 8.90 GiB, but 4.00 GiB are available; set a.b 1 (3.00 GiB). `rto-lightning plan` shows "
         "where it goes."
     )
     assert "set a.b 1 (3.00 GiB), or c.d true (5.00 GiB); all together 2.00 GiB." in warning(PLAN, GIB, changes)
@@ -86,7 +85,7 @@ def wide_model(tmp_path_factory) -> str:
 PAIRS = PreferenceDataModule(train="x", max_prompt_tokens=200, max_response_tokens=200, batch_size=4)
 
 
-def test_each_change_is_planned_and_takes_less(wide_model):
+def test_each_change_takes_less_and_what_the_plan_with_it_says(wide_model):
     module = stages.dpo(wide_model, mode="full")
     plan = plan_memory(workload_of(module, PAIRS))
     changes = proposed_changes(plan, module, PAIRS, "32-true")
@@ -100,13 +99,7 @@ def test_each_change_is_planned_and_takes_less(wide_model):
         "all of these",
     }
     assert (module.settings.mode, PAIRS.batch_size) == ("full", 4)  # the stage itself is as it was
-
-
-def test_a_change_leaves_what_the_plan_with_it_says(wide_model):
-    module = stages.dpo(wide_model)
-    plan = plan_memory(workload_of(module, PAIRS))
     small = copy.copy(PAIRS)
     small.batch_size = 1
-    changes = {change.setting: change.peak for change in proposed_changes(plan, module, PAIRS, "32-true")}
     expected = plan_memory(workload_of(module, small)).peak
-    assert changes["data.batch_size 1 with trainer.accumulate_grad_batches times 4"] == expected
+    assert Change("data.batch_size 1 with trainer.accumulate_grad_batches times 4", expected) in changes

@@ -133,7 +133,19 @@ def test_phases_of_rto_follow_its_batch_sizes(tiny_model, saved):
         "update of critic": [("critic", 3)],
     }
     assert (workload.samples, workload.prompt_tokens, workload.response_tokens) == (12, 20, 9)
+    assert workload.phases[0].parts[0].prompts == 3  # five neighbours hold answers to three prompts at most
     assert {phase.name: phase.trains for phase in workload.phases}["update of critic"] == ("critic",)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "eval_batch_size", "rows_and_prompts"),
+    [(None, 8, [(12, 4), (8, None)]), (6, 8, [(6, 2), (6, None)]), (None, 4, [(12, 4)]), (1, 8, [(1, 1)])],
+)
+def test_validation_shares_no_prompts(tiny_model, batch_size, eval_batch_size, rows_and_prompts):
+    rollout = RolloutSettings(max_new_tokens=9, responses_per_prompt=3, batch_size=batch_size)
+    data = PromptDataModule(train="x", validation="x", eval_batch_size=eval_batch_size, **LIMITS)
+    parts = workload_of(stages.rto(tiny_model, rollout=rollout), data).phases[0].parts
+    assert [(part.rows, part.prompts) for part in parts] == rows_and_prompts
 
 
 def test_a_shared_critic_is_updated_with_the_policy(tiny_model, saved):
