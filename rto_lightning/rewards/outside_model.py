@@ -30,7 +30,9 @@ class OutsideRewardModel(nn.Module):
         self.max_tokens = max_tokens
         self.chat = load_chat_tokenizer_from(model)
         try:
-            self.model = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype, use_safetensors=True)
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                model, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"the reward model {model} could not be loaded: {str(error).splitlines()[0]}") from error
         if self.model.config.num_labels != 1:
