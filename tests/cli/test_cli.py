@@ -65,6 +65,7 @@ def test_fit_fills_the_folder_of_the_stage(capsys):
     assert {path.name for path in Path("out").iterdir()} == {
         "checkpoints",
         "config.yaml",
+        "memory.json",
         "metrics",
         "role",
         "tensorboard",
@@ -132,7 +133,7 @@ def test_loggers_and_checkpoints_of_the_user_stay():
     main(["fit", "--config", write("s.yaml", settings)])
     assert list(Path("mine").rglob("metrics.csv"))
     assert Path("kept/last.ckpt").exists()
-    assert {path.name for path in Path("out").iterdir()} == {"config.yaml", "role"}
+    assert {path.name for path in Path("out").iterdir()} == {"config.yaml", "memory.json", "role"}
 
 
 def test_a_run_goes_on_from_its_checkpoint():
