@@ -27,7 +27,7 @@ from rto_lightning.backbone.fingerprints import base_fingerprint
 from rto_lightning.backbone.heads import ScalarHead
 from rto_lightning.backbone.loading import load_causal_lm, load_chat_tokenizer_from
 from rto_lightning.backbone.logprobs import gather_logprobs
-from rto_lightning.backbone.roles import Role, RoleCard, kind_of_role, role_folder
+from rto_lightning.backbone.roles import Role, RoleCard, role_folder
 from rto_lightning.backbone.sequences import Sequences
 from rto_lightning.backbone.settings import BackboneSettings
 from rto_lightning.errors import UserError
@@ -103,7 +103,7 @@ class PolicyBackbone(nn.Module):
         folder = role_folder(source, name) if source is not None else None
         card = RoleCard.read(folder) if folder is not None else None
         if card is not None:
-            self._check_fits(card, source or "", name)
+            card.check_use(name, source or "", self.settings.model, self.chat.fingerprint, lambda: self.fingerprint)
             self.cards[name] = card
         if folder is not None and (folder / "adapter_config.json").exists():
             if self.settings.mode == "full" and trainable:
@@ -387,23 +387,6 @@ class PolicyBackbone(nn.Module):
                     "token rewards and log-probabilities need the same one."
                 )
         self.models[name] = self._load_model(source or self.settings.model, dtype).requires_grad_(trainable)
-
-    def _check_fits(self, card: RoleCard, source: str, name: str) -> None:
-        if kind_of_role(name) in ("dpo", "reward") and card.role != kind_of_role(name):
-            raise UserError(
-                f"{source} was saved as the role {card.role} and cannot be used as {name}; name the right folder."
-            )
-        if card.vocabulary_fingerprint != self.chat.fingerprint:
-            raise UserError(
-                f"the {name} role {source} was trained on {card.base_model}, whose vocabulary differs from that of "
-                f"{self.settings.model}; set model.backbone.model to {card.base_model} or train the role again."
-            )
-        if card.kind == "adapter" and card.base_fingerprint != self.fingerprint:
-            raise UserError(
-                f"the {name} role {source} is an adapter on {card.base_model}, but this run's base model is "
-                f"{self.settings.model}, whose weights differ; set model.backbone.model to {card.base_model} or "
-                "train the role again."
-            )
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What a role is, and the small JSON file that travels with a saved one."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,36 @@ class RoleCard:
             return cls(**contents)
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); save the role again.") from error
+
+    def check_use(
+        self, name: str, source: str, model: str, vocabulary_fingerprint: str, base_fingerprint: Callable[[], str]
+    ) -> None:
+        """Refuse a saved role that was trained to be something else, on another vocabulary or on another base.
+
+        Args:
+            name: the role it is to be.
+            source: where it was saved.
+            model: base model of this run.
+            vocabulary_fingerprint: that of this run.
+            base_fingerprint: gives that of this run; called for adapters only, since it reads the model's files.
+
+        Raises:
+            UserError: with both names.
+        """
+        if kind_of_role(name) in ("dpo", "reward") and self.role != kind_of_role(name):
+            raise UserError(
+                f"{source} was saved as the role {self.role} and cannot be used as {name}; name the right folder."
+            )
+        if self.vocabulary_fingerprint != vocabulary_fingerprint:
+            raise UserError(
+                f"the {name} role {source} was trained on {self.base_model}, whose vocabulary differs from that of "
+                f"{model}; set model.backbone.model to {self.base_model} or train the role again."
+            )
+        if self.kind == "adapter" and self.base_fingerprint != base_fingerprint():
+            raise UserError(
+                f"the {name} role {source} is an adapter on {self.base_model}, but this run's base model is "
+                f"{model}, whose weights differ; set model.backbone.model to {self.base_model} or train the role again."
+            )
 
 
 def kind_of_role(name: str) -> str:

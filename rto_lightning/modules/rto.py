@@ -386,17 +386,8 @@ class RTOModule(StageModule):
         return samples_exactly(self.settings.frozen_dtype, self.settings.quantization is not None, precision)
 
     def _reward(self, trajectory: Trajectory, policy: PolicyReading, prompts: list[list[Message]]) -> ScoredTrajectory:
-        return score_trajectory(
-            self.backbone,
-            self.reader,
-            trajectory,
-            policy,
-            prompts,
-            self._temperature,
-            self.rewards,
-            float(self.kl_coefficient),
-            self.scores,
-        )
+        settings = self._temperature, self.rewards, float(self.kl_coefficient)
+        return score_trajectory(self.reader, trajectory, policy, prompts, *settings, self.scores)
 
     def _adapt_kl_coefficient(self, target: float, kl: float, samples: int) -> None:
         adapted = adaptive_kl_coefficient(float(self.kl_coefficient), kl, target, self.rewards.kl_horizon, samples)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rto_lightning.algorithms import compose_rewards, kl_estimate
-from rto_lightning.backbone import Message, PolicyBackbone, sentence_ends
+from rto_lightning.backbone import Message, sentence_ends
 from rto_lightning.modules.experience import PolicyReading, ScoredTrajectory
 from rto_lightning.modules.reading import TrajectoryReader
 from rto_lightning.modules.rto_settings import RewardSettings
@@ -34,7 +34,6 @@ def read_policy(
 
 
 def score_trajectory(
-    backbone: PolicyBackbone,
     reader: TrajectoryReader,
     trajectory: Trajectory,
     policy: PolicyReading,
@@ -47,8 +46,7 @@ def score_trajectory(
     """Read the trajectory as every role but policy and critic and compose the reward of every token.
 
     Args:
-        backbone: the roles; `dpo_reference` is the reference unless it is among them.
-        reader: reads them.
+        reader: reads the roles; `dpo_reference` is the reference unless it is among them.
         trajectory: B prompts with a response each.
         policy: what the policy says of it.
         prompts: the messages of the prompts, for reward sources that read text.
@@ -57,7 +55,7 @@ def score_trajectory(
         kl_coefficient: beta_2 at this iteration.
         scores: the sentence-level score; None without one.
     """
-    mask = trajectory.sequences.response_mask
+    mask, backbone = trajectory.sequences.response_mask, reader.backbone
     reference = reader.logprobs("reference", trajectory, temperature)
     dpo: Tensor | None = None
     dpo_reference: Tensor | None = None
