@@ -70,6 +70,16 @@ def check_optimizer(make: MakeOptimizer, key: str, device: torch.device, dtype: 
         ) from error
 
 
+def check_shardable(make: MakeOptimizer, key: str) -> None:
+    """Raise UserError for an optimizer that does not step weights of which every rank holds a part."""
+    optimizer = make([nn.Parameter(torch.zeros(_PROBE_SHAPE))])
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        raise UserError(
+            f"{key}: {type(optimizer).__name__} does not step weights that FSDP spreads over devices; take "
+            "torch.optim.AdamW, or model.backbone.mode adapters."
+        )
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -115,6 +115,14 @@ class AdapterBank:
             for parameter in module.parameters()
         ]
 
+    def largest_rank(self) -> int:
+        """The largest rank of an adapter in any layer; 0 without adapters."""
+        return max((rank for layer in self._layers for rank in getattr(layer, "r", {}).values()), default=0)
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        """The weights of all adapters."""
+        return [parameter for name in self.names for parameter in self.parameters(name)]
+
     @contextmanager
     def active(self, name: str | None) -> Iterator[None]:
         """Within it, the base model computes with this adapter, or with none; gradients of all adapters stay on."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from rto_lightning.backbone.kv_cache import build_cache, select_rows
 from rto_lightning.errors import UserError
+from rto_lightning.parallel import largest
 
 LEAVING_SHARE = 8
 """Ended responses leave once they are one in this many of the batch: moving the cache costs about one decode step."""
@@ -62,6 +63,7 @@ def decode(
     pad_id: int,
     max_new_tokens: int,
     value_head: ValueHead | None = None,
+    in_step: bool = False,
 ) -> Decoded:
     """Sample one response for each prompt.
 
@@ -74,6 +76,8 @@ def decode(
         pad_id: fills the columns after a response.
         max_new_tokens: length limit of a response, the stop id included.
         value_head: read off the same hidden states as the logits, if given.
+        in_step: go on until the responses of all ranks have ended, as models do whose forward the ranks compute
+            together.
 
     Raises:
         UserError: if the model takes no key-value cache.
@@ -94,11 +98,12 @@ def decode(
         record.write(step, rows, live, drawn, values)
         live = live & ~torch.isin(drawn.tokens, stops)
         running = int(live.sum())
-        if running == 0 or step + 1 == max_new_tokens:
+        if (largest(running)[0] if in_step else running) == 0 or step + 1 == max_new_tokens:
             break
         tokens = torch.where(live, drawn.tokens, pad_id)
         if step == 0 or len(rows) - running >= max(1, len(rows) // LEAVING_SHARE):
-            staying = live.nonzero().squeeze(-1)
+            # Whoever waits for other ranks needs a row to read.
+            staying = live.nonzero().squeeze(-1) if running else torch.zeros_like(rows[:1])
             context.select(group[staying] if step == 0 else staying)
             rows, live, tokens = rows[staying], live[staying], tokens[staying]
         hidden = context.read_tokens(tokens)

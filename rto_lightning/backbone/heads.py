@@ -1,7 +1,16 @@
 """The scalar head of reward and critic roles."""
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rto_lightning.errors import UserError
+
+HEAD_FILE = "head.safetensors"
+"""Its weights in the folder of a saved role."""
 
 
 class ScalarHead(nn.Linear):
@@ -25,8 +34,29 @@ class ScalarHead(nn.Linear):
         with torch.autocast(hidden.device.type, enabled=False):
             return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
 
+    def load(self, folder: Path, role: str, needed: bool) -> None:
+        """Take the weights over that were saved with a role, if it has any.
+
+        Raises:
+            UserError: if it has none and they are needed.
+        """
+        if (folder / HEAD_FILE).exists():
+            self.load_state_dict(load_file(folder / HEAD_FILE))
+        elif needed:
+            raise UserError(f"{folder} has no {HEAD_FILE}, so it cannot score as {role}; name a saved reward role.")
+
     @torch.no_grad()
     def rescale(self, mean: float, std: float) -> None:
         """From now on give (number - mean) / std."""
         self.bias.sub_(mean).div_(std)
         self.weight.div_(std)
+
+
+def freeze_unused_output_layer(model: PreTrainedModel) -> None:
+    """Take the output layer of a model that is read through a scalar head from training, unless it is the embedding.
+
+    No gradient reaches it, and DDP waits for that of every weight that asks for one.
+    """
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if output is not None and output.weight is not embedding.weight:
+        output.requires_grad_(False)

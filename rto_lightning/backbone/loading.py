@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -106,6 +106,50 @@ def load_causal_lm(
         loaded.gradient_checkpointing_enable({"use_reentrant": False})
     _check_plain_output_layer(loaded)
     return loaded
+
+
+def check_tokenizer(model: PreTrainedModel, source: str, chat: ChatTokenizer) -> None:
+    """Raise UserError if a model, loaded from `source`, has no embedding for some token of the tokenizer."""
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, index]
+    if rows < len(chat.tokenizer):
+        raise UserError(
+            f"the tokenizer of {source} has {len(chat.tokenizer)} tokens but its model embeds only {rows}; use the "
+            "tokenizer that belongs to the model."
+        )
+
+
+def check_same_vocabulary(role: str, source: str, chat: ChatTokenizer, settings: BackboneSettings) -> None:
+    """Raise UserError if an outside model, which shall play a role, has other tokens than the base model."""
+    template = settings.chat_template or "plain"
+    if load_chat_tokenizer_from(source, None, template, settings.trust_remote_code).fingerprint != chat.fingerprint:
+        raise UserError(
+            f"the {role} role {source} has another vocabulary than the base model {settings.model}; token rewards and "
+            "log-probabilities need the same one."
+        )
+
+
+def save_model(
+    model: PreTrainedModel,
+    folder: Path,
+    weights: dict[str, Tensor] | None,
+    chat: ChatTokenizer,
+    max_shard_size: str = "50GB",
+) -> None:
+    """Write a Hugging Face model folder, whose generation settings name the stop ids that loading took off.
+
+    Args:
+        model: gives the structure.
+        folder: exists.
+        weights: the model's, by name; None takes them from it.
+        chat: knows the stop ids.
+        max_shard_size: the largest file.
+    """
+    neutral = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(chat.stop_ids), pad_token_id=chat.pad_id, bos_token_id=chat.tokenizer.bos_token_id
+    )
+    model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
+    model.generation_config = neutral
 
 
 def check_quantization(device: torch.device, dtype: torch.dtype) -> None:

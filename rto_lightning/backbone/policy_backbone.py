@@ -7,16 +7,16 @@ caller names the role and the backbone sees to the weights. It knows nothing of 
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rto_lightning.backbone.adapters import AdapterBank
 from rto_lightning.backbone.chat import ChatTokenizer
@@ -24,15 +24,16 @@ from rto_lightning.backbone.cpu_linear import onednn_is_faster, use_onednn
 from rto_lightning.backbone.decoding import Decoded, DrawTokens, ValueHead, decode, evaluating
 from rto_lightning.backbone.divergence import TokenDivergence, gather_divergence
 from rto_lightning.backbone.fingerprints import base_fingerprint
-from rto_lightning.backbone.heads import ScalarHead
-from rto_lightning.backbone.loading import load_causal_lm, load_chat_tokenizer_from
+from rto_lightning.backbone.heads import HEAD_FILE, ScalarHead, freeze_unused_output_layer
+from rto_lightning.backbone.loading import check_same_vocabulary, check_tokenizer, load_causal_lm, save_model
 from rto_lightning.backbone.logprobs import gather_logprobs
 from rto_lightning.backbone.roles import Role, RoleCard, role_folder
-from rto_lightning.backbone.sequences import Sequences
+from rto_lightning.backbone.sequences import Sequences, scatter
 from rto_lightning.backbone.settings import BackboneSettings
+from rto_lightning.backbone.sharding import Sharding, as_forward, forward_of_role, gathered, whole_weights
 from rto_lightning.errors import UserError
+from rto_lightning.parallel import rank
 
-HEAD_FILE = "head.safetensors"
 BASE = "base"
 
 
@@ -160,6 +161,15 @@ class PolicyBackbone(nn.Module):
         head = list(self.heads[name].parameters()) if name in self.heads else []
         return [*body, *head]
 
+    def shard(self, sharding: Sharding) -> None:
+        """Spread the models over ranks, once all roles are there. Adapters, and the heads beside them, stay whole."""
+        for name, model in self.models.items():
+            bank = self._adapters if name == BASE else None
+            sharding.shard_model(model, bank.all_parameters() if bank else ())  # type: ignore[arg-type]
+        if self.settings.mode == "full":
+            for head in self.heads.values():
+                sharding.shard_head(head)
+
     @contextmanager
     def play(self, name: str) -> Iterator[PreTrainedModel]:
         """Within it, the model computes as this role.
@@ -168,26 +178,12 @@ class PolicyBackbone(nn.Module):
         active at that time.
         """
         role = self.roles[name]
-        model = self.models[role.model]
-        if role.model != BASE:
-            yield model  # type: ignore[misc]
-            return
-        with self.adapters.active(role.adapter):
-            yield model  # type: ignore[misc]
+        with self.adapters.active(role.adapter) if role.model == BASE else nullcontext():
+            yield self.models[role.model]  # type: ignore[misc]
 
     # What can be asked of a role --------------------------------------------------------------------------------
 
-    def response_hidden(self, name: str, sequences: Sequences) -> Tensor:
-        """Hidden states (N, H) from which the N response tokens, row by row, are predicted.
-
-        Raises:
-            ValueError: if a prompt has no tokens: nothing predicts the first one of its response.
-        """
-        if not bool((sequences.prompt_lengths > 0).all()):
-            raise ValueError("a prompt has no tokens, so that nothing predicts the first one of its response")
-        rows, tokens = sequences.response_mask.nonzero(as_tuple=True)
-        return self._hidden(name, sequences, rows, sequences.prompt_lengths[rows] - 1 + tokens)
-
+    @forward_of_role
     def token_logprobs(
         self,
         name: str,
@@ -201,9 +197,13 @@ class PolicyBackbone(nn.Module):
 
         Returns:
             Log-probabilities (B, T) in nats, 0 outside the response; entropy (B, T) of each distribution, or None.
-        """
-        return self._token_logprobs(name, self.response_hidden(name, sequences), sequences, temperature, with_entropy)
 
+        Raises:
+            ValueError: if a prompt has no tokens: nothing predicts the first one of its response.
+        """
+        return self._token_logprobs(name, self._response_hidden(name, sequences), sequences, temperature, with_entropy)
+
+    @forward_of_role
     def token_logprobs_and_values(
         self,
         name: str,
@@ -217,11 +217,12 @@ class PolicyBackbone(nn.Module):
 
         Gradients of the values reach the head whole, and the weights below it times `value_coefficient`.
         """
-        hidden = self.response_hidden(name, sequences)
+        hidden = self._response_hidden(name, sequences)
         logprobs, entropy = self._token_logprobs(name, hidden, sequences, temperature, with_entropy)
         hidden = hidden.detach() + value_coefficient * (hidden - hidden.detach())
-        return logprobs, entropy, _scatter(self.head(value_role)(hidden), sequences.response_mask)
+        return logprobs, entropy, scatter(self.head(value_role)(hidden), sequences.response_mask)
 
+    @forward_of_role
     def token_divergence(self, name: str, reference: str, sequences: Sequences) -> TokenDivergence:
         """Each response token under two roles: its log-probabilities, and KL(reference || role) over the vocabulary.
 
@@ -230,25 +231,18 @@ class PolicyBackbone(nn.Module):
         Returns:
             Three tensors (B, T) in nats, 0 outside the response.
         """
-        mask = sequences.response_mask
-        with torch.no_grad():
-            reference_hidden = self.response_hidden(reference, sequences)
-        compared = gather_divergence(
-            self.response_hidden(name, sequences),
-            reference_hidden,
-            partial(self._logits, name),
-            partial(self._logits, reference),
-            sequences.response_ids[mask],
-            self.settings.logprob_chunk_tokens,
+        return as_forward(
+            self.models[self.roles[reference].model], lambda: self._token_divergence(name, reference, sequences)
         )
-        return TokenDivergence(*(_scatter(values, mask) for values in compared))
 
+    @forward_of_role
     def token_values(self, name: str, sequences: Sequences, head_only: bool = False) -> Tensor:
         """Value of the state before each response token, (B, T), 0 outside; `head_only` gives no gradient below."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not head_only):
-            hidden = self.response_hidden(name, sequences)
-        return _scatter(self.head(name)(hidden), sequences.response_mask)
+            hidden = self._response_hidden(name, sequences)
+        return scatter(self.head(name)(hidden), sequences.response_mask)
 
+    @forward_of_role
     def sequence_scores(self, name: str, sequences: Sequences) -> Tensor:
         """Score of each prompt and response, (B,): the scalar head at the last response token."""
         last = sequences.prompt_lengths + sequences.response_lengths - 1
@@ -257,6 +251,8 @@ class PolicyBackbone(nn.Module):
         )
         return scores
 
+    @torch.no_grad()
+    @forward_of_role
     def decode(
         self,
         name: str,
@@ -265,11 +261,17 @@ class PolicyBackbone(nn.Module):
         draw: DrawTokens,
         max_new_tokens: int,
         value_head: ValueHead | None = None,
+        gather_weights: bool = True,
     ) -> Decoded:
-        """Sample a response to each left-padded prompt (B, P) as a role; see :func:`rto_lightning.backbone.decode`."""
-        stop_ids, pad_id = self.chat.stop_ids, self.chat.pad_id
-        with self.play(name) as model, evaluating(model):
-            return decode(model, input_ids, attention_mask, draw, stop_ids, pad_id, max_new_tokens, value_head)
+        """Sample a response to each left-padded prompt (B, P) as a role; see :func:`rto_lightning.backbone.decode`.
+
+        Weights that are spread over ranks are gathered once, or a layer at a time at every token, in step on all ranks.
+        """
+        ends = self.chat.stop_ids, self.chat.pad_id
+        with self.play(name) as model, evaluating(model), gathered(model, gather_weights):
+            return decode(
+                model, input_ids, attention_mask, draw, *ends, max_new_tokens, value_head, in_step=not gather_weights
+            )
 
     def head(self, name: str) -> ScalarHead:
         """The scalar head of a role that has one."""
@@ -282,28 +284,26 @@ class PolicyBackbone(nn.Module):
     def save_role(self, name: str, folder: Path, card: RoleCard) -> None:
         """Write a role as a PEFT folder (adapter) or Hugging Face folder (model), with tokenizer and `role.json`.
 
+        Every rank has to call it; the first one writes.
+
         Raises:
             UserError: if the folder exists and is not empty.
         """
+        role = self.roles[name]
+        head = whole_weights(self.heads[name]) if name in self.heads else None
+        weights = whole_weights(self.models[role.model]) if role.adapter is None else {}
+        if rank() > 0:
+            return
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} exists already; remove it or choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        role = self.roles[name]
         if role.adapter is not None:
             self.adapters.save(role.adapter, folder)
         else:
-            model: Any = self.models[role.model]
-            neutral = model.generation_config
-            model.generation_config = GenerationConfig(
-                eos_token_id=list(self.chat.stop_ids),
-                pad_token_id=self.chat.pad_id,
-                bos_token_id=self.chat.tokenizer.bos_token_id,
-            )
-            model.save_pretrained(folder)
-            model.generation_config = neutral
+            save_model(self.models[role.model], folder, weights, self.chat)  # type: ignore[arg-type]
         self.chat.tokenizer.save_pretrained(folder)
-        if name in self.heads:
-            save_file({key: value.cpu() for key, value in self.heads[name].state_dict().items()}, folder / HEAD_FILE)
+        if head is not None:
+            save_file(head, folder / HEAD_FILE)
         card.write(folder)
 
     def card(self, name: str, role: str, settings: dict[str, Any]) -> RoleCard:
@@ -320,12 +320,33 @@ class PolicyBackbone(nn.Module):
 
     # Inside -----------------------------------------------------------------------------------------------------
 
+    def _response_hidden(self, name: str, sequences: Sequences) -> Tensor:
+        """Hidden states (N, H) from which the N response tokens, row by row, are predicted."""
+        if not bool((sequences.prompt_lengths > 0).all()):
+            raise ValueError("a prompt has no tokens, so that nothing predicts the first one of its response")
+        rows, tokens = sequences.response_mask.nonzero(as_tuple=True)
+        return self._hidden(name, sequences, rows, sequences.prompt_lengths[rows] - 1 + tokens)
+
     def _hidden(self, name: str, sequences: Sequences, rows: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states (N, H) of a role at positions (N,), counted from the prompt's start, of rows (N,)."""
         input_ids = sequences.left_aligned()
         with self.play(name) as model:
             hidden: Tensor = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, rows * input_ids.shape[1] + positions)
+
+    def _token_divergence(self, name: str, reference: str, sequences: Sequences) -> TokenDivergence:
+        mask = sequences.response_mask
+        with torch.no_grad():
+            reference_hidden = self._response_hidden(reference, sequences)
+        compared = gather_divergence(
+            self._response_hidden(name, sequences),
+            reference_hidden,
+            partial(self._logits, name),
+            partial(self._logits, reference),
+            sequences.response_ids[mask],
+            self.settings.logprob_chunk_tokens,
+        )
+        return TokenDivergence(*(scatter(values, mask) for values in compared))
 
     def _token_logprobs(
         self, name: str, hidden: Tensor, sequences: Sequences, temperature: float, with_entropy: bool
@@ -340,7 +361,7 @@ class PolicyBackbone(nn.Module):
                 self.settings.logprob_chunk_tokens,
                 with_entropy,
             )
-        return _scatter(logprobs, mask), None if entropy is None else _scatter(entropy, mask)
+        return scatter(logprobs, mask), None if entropy is None else scatter(entropy, mask)
 
     def _logits(self, name: str, hidden: Tensor) -> Tensor:
         """The output layer of a role on hidden states (N, H), whoever is active."""
@@ -356,12 +377,7 @@ class PolicyBackbone(nn.Module):
 
     def _load_model(self, source: str, dtype: torch.dtype, quantized: bool = False) -> PreTrainedModel:
         model = load_causal_lm(source, self.settings, dtype, quantized, self._device)
-        rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment, index]
-        if rows < len(self.chat.tokenizer):
-            raise UserError(
-                f"the tokenizer of {source} has {len(self.chat.tokenizer)} tokens but its model embeds only {rows}; "
-                "use the tokenizer that belongs to the model."
-            )
+        check_tokenizer(model, source, self.chat)
         if (self._device is None or self._device.type == "cpu") and onednn_is_faster():
             use_onednn(model)
         return model
@@ -369,26 +385,14 @@ class PolicyBackbone(nn.Module):
     def _add_head(self, name: str, folder: Path | None, trainable: bool) -> None:
         model: Any = self.models[self.roles[name].model]
         head = ScalarHead(model.config.get_text_config().hidden_size, self.settings.trained_dtype)
-        if folder is not None and (folder / HEAD_FILE).exists():
-            head.load_state_dict(load_file(folder / HEAD_FILE))
-        elif folder is not None and not trainable:
-            raise UserError(f"{folder} has no {HEAD_FILE}, so it cannot score as {name}; name a saved reward role.")
+        if folder is not None:
+            head.load(folder, name, needed=not trainable)
+        if trainable and self.roles[name].adapter is None and self.roles[name].body_of is None:
+            freeze_unused_output_layer(model)
         self.heads[name] = head.requires_grad_(trainable).to(model.device)
 
     def _add_model(self, name: str, source: str | None, trainable: bool) -> None:
         dtype = self.settings.trained_dtype if trainable else self.settings.frozen_dtype
         if source is not None:
-            chat = load_chat_tokenizer_from(
-                source, None, self.settings.chat_template or "plain", self.settings.trust_remote_code
-            )
-            if chat.fingerprint != self.chat.fingerprint:
-                raise UserError(
-                    f"the {name} role {source} has another vocabulary than the base model {self.settings.model}; "
-                    "token rewards and log-probabilities need the same one."
-                )
+            check_same_vocabulary(name, source, self.chat, self.settings)
         self.models[name] = self._load_model(source or self.settings.model, dtype).requires_grad_(trainable)
-
-
-def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Put the values of valid positions (N,) back to (B, T), zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

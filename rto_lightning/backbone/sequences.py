@@ -114,3 +114,8 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tenso
     width = int(lengths.max()) if len(rows) else 0
     ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows], dtype=torch.int64)
     return ids.reshape(len(rows), width), torch.arange(width) < lengths[:, None]
+
+
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Puts the values of valid positions (N,), row by row, back to the shape (B, T) of the mask; zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

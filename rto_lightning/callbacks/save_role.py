@@ -21,15 +21,16 @@ class SaveRole(Callback):
         self.directory = Path(directory)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calls `pl_module.save_role` on rank zero."""
-        if not trainer.is_global_zero:
-            return
+        """Calls `pl_module.save_role` on every rank, of which rank zero writes."""
         if trainer.global_step == 0:
             rank_zero_warn("Training made no step (no batches, or max_steps 0): no role is saved.")
             return
         partial = self.directory.with_name(self.directory.name + ".partial")
-        if partial.exists():
-            shutil.rmtree(partial)  # left by a run that ended while it wrote
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:
+            if partial.exists():
+                shutil.rmtree(partial)  # left by a run that ended while it wrote
+            partial.parent.mkdir(parents=True, exist_ok=True)
         pl_module.save_role(partial)  # type: ignore[operator]  # every StageModule has it
-        partial.rename(self.directory)
+        if trainer.is_global_zero:
+            partial.rename(self.directory)
+        trainer.strategy.barrier()  # what comes next on any rank may read the role

@@ -187,10 +187,15 @@ class RTOCLI(LightningCLI):
         if settings.logger is None or settings.logger is True:
             kwargs["logger"] = default_loggers(root, str(self.subcommand))
         kwargs["callbacks"] = [*_as_list(settings.callbacks), *self._default_callbacks(settings, root)]
+        from rto_lightning.strategies import check_processes, resolve_strategy  # late, as it imports the models' libraries
+
+        kwargs["strategy"] = resolve_strategy(settings.strategy)
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"the trainer refuses its settings: {_first_sentence(error)}") from error
+        check_processes(trainer.strategy)
+        return trainer
 
     def _default_callbacks(self, settings: Any, root: Path) -> list[Callback]:
         given = _as_list(settings.callbacks)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rto_lightning.algorithms import RewardTerms, explained_variance, masked_mean, masked_sum
+from rto_lightning.algorithms import RewardTerms, engine_mismatch, explained_variance, masked_mean, masked_sum
 from rto_lightning.rollout import Trajectory
 
 
@@ -59,6 +59,9 @@ class ScoredTrajectory:
             name = "score" if number == 1 else f"score_{number}"
             result[name] = scores.mean()
             result[f"{name}_std"] = scores.std(correction=0)
+        if (of_engine := self.trajectory.engine_logprobs) is not None:
+            mismatch = engine_mismatch(self.logprobs, of_engine, mask)
+            result |= dict(zip(("rollout/mismatch", "rollout/mismatch_kl"), mismatch, strict=True))
         return result
 
 
@@ -69,7 +72,7 @@ class Experience(ScoredTrajectory):
     values: Tensor | None
     """Of the critic before each token, (B, T), in units of the reward; None without a critic."""
     advantages: Tensor
-    """As the policy loss uses them, whitened if so set, (B, T)."""
+    """As the policy loss uses them, whitened and weighed for the rollout's engine if so set, (B, T)."""
     returns: Tensor
     """Targets of the critic, or the return to go without one, (B, T)."""
 

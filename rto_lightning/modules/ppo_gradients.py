@@ -1,4 +1,8 @@
-"""Gradients of policy and critic for one minibatch, accumulated over microbatches."""
+"""Gradients of policy and critic for one minibatch, accumulated over microbatches.
+
+Losses are divided by the counts of the whole minibatch, of which each rank reads a share: added up over ranks, gradients
+and metrics are those of one process.
+"""
 
 from collections.abc import Callable
 
@@ -8,8 +12,10 @@ from torch import Tensor
 from rto_lightning.algorithms import PolicyLossStatistics, aggregate, policy_loss, value_loss
 from rto_lightning.backbone import PolicyBackbone
 from rto_lightning.modules.experience import Experience
+from rto_lightning.modules.gathering import own_rows
 from rto_lightning.modules.reading import by_length
 from rto_lightning.modules.rto_settings import PPOSettings
+from rto_lightning.parallel import largest_over_ranks, sum_over_ranks
 
 Backward = Callable[[Tensor], None]
 
@@ -32,7 +38,7 @@ def accumulate_policy_gradients(
     Args:
         backbone: the model and its roles.
         experience: B samples.
-        rows: those of the minibatch, (M,) int64.
+        rows: those of the minibatch on all ranks, (M,) int64.
         ppo: losses and microbatches.
         temperature: of the policy that sampled.
         backward: runs the backward pass of a loss.
@@ -44,7 +50,7 @@ def accumulate_policy_gradients(
     value_metrics, statistics = _ValueMetrics(rows.device), None
     total = torch.zeros((), device=rows.device)
     denominator, with_entropy = _denominator(experience, rows, ppo), ppo.entropy_coefficient != 0
-    for part in by_length(experience.trajectory.sequences, rows).split(ppo.microbatch_size):
+    for part in _own_rows(experience, rows).split(ppo.microbatch_size):
         sequences, mask = experience.trajectory.sequences.rows(part), experience.mask[part]
         with backbone.play("policy"):
             values: Tensor | None = None
@@ -74,8 +80,9 @@ def accumulate_policy_gradients(
             backward(loss)
         statistics = of_part if statistics is None else statistics + of_part
     assert isinstance(statistics, PolicyLossStatistics)
+    statistics = _over_ranks(statistics)
     metrics = {
-        "policy/loss": total,
+        "policy/loss": sum_over_ranks(total),
         "policy/clip_fraction": statistics.clipped / statistics.tokens,
         "policy/approximate_kl": statistics.approximate_kl / statistics.tokens,
         "policy/ratio_deviation": statistics.ratio_deviation,
@@ -96,7 +103,7 @@ def accumulate_value_gradients(
     With `head_only` no gradient goes beyond the head: the weights below belong to the policy.
     """
     metrics, denominator = _ValueMetrics(rows.device), _denominator(experience, rows, ppo)
-    for part in by_length(experience.trajectory.sequences, rows).split(ppo.microbatch_size):
+    for part in _own_rows(experience, rows).split(ppo.microbatch_size):
         with backbone.play("critic"):
             sequences = experience.trajectory.sequences.rows(part)
             values = backbone.token_values("critic", sequences, head_only)
@@ -117,8 +124,11 @@ class _ValueMetrics:
         return loss
 
     def result(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Metrics of a minibatch with that many response tokens."""
-        return {"value/loss": self.loss, "value/clip_fraction": self.clipped / tokens}
+        """Metrics of a minibatch with that many response tokens on all ranks."""
+        return {
+            "value/loss": sum_over_ranks(self.loss),
+            "value/clip_fraction": sum_over_ranks(self.clipped) / tokens,
+        }
 
 
 def _value_loss(
@@ -133,6 +143,20 @@ def _value_loss(
         ppo.value_clip_range,
         ppo.aggregation,
         denominator,
+    )
+
+
+def _own_rows(experience: Experience, rows: Tensor) -> Tensor:
+    """Those of a minibatch that this rank trains on, longest first; each rank gets like lengths."""
+    return own_rows(by_length(experience.trajectory.sequences, rows))
+
+
+def _over_ranks(statistics: PolicyLossStatistics) -> PolicyLossStatistics:
+    return PolicyLossStatistics(
+        clipped=sum_over_ranks(statistics.clipped),
+        approximate_kl=sum_over_ranks(statistics.approximate_kl),
+        ratio_deviation=largest_over_ranks(statistics.ratio_deviation),
+        tokens=sum_over_ranks(statistics.tokens),
     )
 
 

@@ -5,18 +5,35 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from rto_lightning.backbone import PolicyBackbone
 from rto_lightning.modules.experience import Experience
 from rto_lightning.modules.ppo_gradients import Backward, accumulate_policy_gradients, accumulate_value_gradients
 from rto_lightning.modules.rto_settings import PPOSettings
+from rto_lightning.parallel import clip_gradients, sum_gradients
+from rto_lightning.seeding import derive_seed
+
+
+def minibatches(samples: int, ppo: PPOSettings, seed: int, iteration: int) -> list[Tensor]:
+    """Rows of each minibatch of an iteration, (M,) int64 on the CPU: every epoch has all samples in an order of its own.
+
+    Args:
+        samples: of the iteration, over all ranks.
+        ppo: epochs and the size of a minibatch.
+        seed: of the run.
+        iteration: enters the seed of the order.
+    """
+    parts: list[Tensor] = []
+    for epoch in range(ppo.epochs):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "minibatches", iteration, epoch))
+        parts += torch.randperm(samples, generator=generator).split(ppo.minibatch_size or samples)
+    return parts
 
 
 def ppo_update(
     backbone: PolicyBackbone,
     experience: Experience,
-    minibatches: Sequence[Tensor],
+    parts: Sequence[Tensor],
     ppo: PPOSettings,
     temperature: float,
     backward: Backward,
@@ -32,7 +49,7 @@ def ppo_update(
     Args:
         backbone: the model and its roles.
         experience: B samples.
-        minibatches: rows of each minibatch, (M,) int64, in the order of training.
+        parts: rows of each minibatch, (M,) int64, in the order of training; see :func:`minibatches`.
         ppo: losses, and when to stop.
         temperature: of the policy that sampled.
         backward: runs the backward pass of a loss.
@@ -46,8 +63,8 @@ def ppo_update(
     """
     history: list[dict[str, Tensor]] = []
     policy_steps, stopped = 0, policy is None
-    for number, rows in enumerate(minibatches):
-        last = number == len(minibatches) - 1
+    for number, rows in enumerate(parts):
+        rows, last = rows.to(experience.mask.device), number == len(parts) - 1
         metrics: dict[str, Tensor] = {}
         if policy is not None and not stopped:
             metrics |= accumulate_policy_gradients(
@@ -80,7 +97,9 @@ def ppo_update(
 def _step(
     backbone: PolicyBackbone, role: str, optimizer: LightningOptimizer, clip: float | None, counted: bool
 ) -> Tensor:
-    norm = clip_grad_norm_(backbone.trained_parameters(role), clip if clip is not None else torch.inf)
+    weights = backbone.trained_parameters(role)
+    sum_gradients(weights)
+    norm = clip_gradients(weights, clip if clip is not None else torch.inf)
     (optimizer if counted else optimizer.optimizer).step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.detach()
+    return norm

@@ -108,15 +108,20 @@ class PreferenceModule(StageModule):
         self._check_settings()
 
     def setup(self, stage: str) -> None:
-        """As :meth:`StageModule.setup`; also refuses a `reference_cache` where there can be none, by a UserError."""
+        """As :meth:`StageModule.setup`; also refuses a `reference_cache` where there can be none, and to test there.
+
+        Raises:
+            UserError: for either.
+        """
         super().setup(stage)
+        if stage == "test" and self.trainer.world_size > 1:
+            raise UserError("test ranks all pairs in one process; set trainer.devices to 1.")
         self._references = {}  # of an earlier task, which may have broken off
         if self._caches_reference:
             check_cacheable(self.trainer)
 
-    def configure_model(self) -> None:
-        """Load the base model, add the policy and, where it is read, the frozen reference that it starts as."""
-        super().configure_model()
+    def add_roles_of_task(self) -> None:
+        """Add the frozen reference that the policy starts as, where it is read."""
         testing = self._trainer is not None and self.trainer.testing
         # On the shared base a reference costs nothing; a copy of the model is loaded for the cache and dropped again.
         held = self.settings.mode == "adapters" or not self._caches_reference
@@ -229,7 +234,7 @@ class PreferenceModule(StageModule):
                 metrics |= {f"{name}_chosen": chosen.mean(), f"{name}_rejected": rejected.mean()}
         shown = {"loss", "accuracy"}
         for name, value in metrics.items():
-            self.log(f"{split}/{name}", value.detach(), prog_bar=name in shown, batch_size=len(batch))
+            self.log_mean(f"{split}/{name}", value, len(batch), shown=name in shown)
         return loss, answers, result
 
     def _read(self, batch: PreferenceBatch, split: str) -> _Answers:

@@ -17,13 +17,19 @@ def check_cacheable(trainer: Trainer) -> None:
     """Refuse a cache for what cannot have one.
 
     Raises:
-        UserError: on several devices, or without a data module of preferences.
+        UserError: on several devices, without a data module of preferences, or if that streams its rows.
     """
     if trainer.world_size > 1:
         raise UserError(
             "model.reference_cache is made on one device in this version; set trainer.devices to 1 or it to null."
         )
-    if not isinstance(getattr(trainer, "datamodule", None), PreferenceDataModule):
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, PreferenceDataModule) and data.streaming:
+        raise UserError(
+            "model.reference_cache must know all pairs at the start, and data.streaming reads them while training; set "
+            "one of them to null or false."
+        )
+    if not isinstance(data, PreferenceDataModule):
         raise UserError(
             "model.reference_cache must know all pairs at the start; give the trainer a PreferenceDataModule, or set "
             "the cache to null."

@@ -12,6 +12,7 @@ from rto_lightning.backbone import BackboneSettings, RoleCard
 from rto_lightning.data import PreferenceBatch
 from rto_lightning.errors import UserError
 from rto_lightning.modules.stage import StageModule
+from rto_lightning.parallel import gather_rows
 from rto_lightning.rewards import score_statistics
 from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngine, sample_seeds
 from rto_lightning.seeding import run_seed
@@ -82,11 +83,13 @@ class RewardModelModule(StageModule):
             return
         if "reference" not in self.backbone.roles:
             self.add_reference()
-        self.backbone.to(self.device)
+            self.shard_roles()
+        if not self.is_sharded:
+            self.backbone.to(self.device)
         engine = TransformersEngine(self.backbone, RolloutSettings(self.score_statistics.max_new_tokens))
         scores: list[Tensor] = []
         for batch in self.trainer.train_dataloader or ():
-            scores.append(self._score_reference_answers(batch.to(self.device), engine))
+            scores.append(gather_rows(self._score_reference_answers(batch.to(self.device), engine)))
             if sum(map(len, scores)) >= wanted:
                 break
         try:
@@ -123,5 +126,5 @@ class RewardModelModule(StageModule):
             "score_rejected": rejected.mean(),
         }
         for name, value in metrics.items():
-            self.log(f"{split}/{name}", value.detach(), prog_bar=name in {"loss", "accuracy"}, batch_size=len(batch))
+            self.log_mean(f"{split}/{name}", value, len(batch), shown=name in {"loss", "accuracy"})
         return loss

@@ -17,17 +17,20 @@ from rto_lightning.backbone import BackboneSettings, Message
 from rto_lightning.data import PromptBatch
 from rto_lightning.errors import UserError
 from rto_lightning.modules.experience import Experience, PolicyReading, ScoredTrajectory
+from rto_lightning.modules.gathering import gather_scored
 from rto_lightning.modules.phases import Phases
-from rto_lightning.modules.ppo_update import ppo_update
+from rto_lightning.modules.ppo_update import minibatches, ppo_update
 from rto_lightning.modules.reading import TrajectoryReader
 from rto_lightning.modules.rto_inputs import check_inputs, reward_sources
 from rto_lightning.modules.rto_roles import add_critic, add_dpo, add_policy_average, average_policy, scale_critic
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
-from rto_lightning.modules.scoring import read_policy, samples_exactly, score_trajectory
+from rto_lightning.modules.scoring import read_policy, samples_exactly, score_trajectory, weigh_for_engine
 from rto_lightning.modules.stage import StageModule
+from rto_lightning.parallel import gather_rows, ranks
 from rto_lightning.rewards import WeightedReward, WeightedScores, make_scores
-from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngine, response_texts, sample_seeds
-from rto_lightning.seeding import derive_seed, run_seed
+from rto_lightning.rollout import RolloutSettings, Trajectory, build_engine, response_texts, sample_seeds
+from rto_lightning.seeding import run_seed
+from rto_lightning.strategies import local_gradients
 
 EVALUATION = -1
 """Stands for the iteration in seeds of held-out rollouts, so that these are the same draws each time."""
@@ -90,7 +93,7 @@ class RTOModule(StageModule):
             raise UserError(f"model.ema_decay is {ema_decay}; set it between 0 and 1, or to null.")
         self.sources = reward_sources(reward, reward_function, more_rewards or [], rewards.beta_3)
         check_inputs(dpo, self.sources, rewards, ppo, critic)
-        rollout.check_length(rewards.min_response_tokens)
+        rollout.check(rewards.min_response_tokens, ppo.sampling_logprobs, ppo.importance_weight_cap)
         self.automatic_optimization = False
         self.dpo, self.dpo_reference = dpo, dpo_reference
         self.rollout_settings, self.rewards, self.ppo, self.critic = rollout, rewards, ppo, critic
@@ -103,7 +106,7 @@ class RTOModule(StageModule):
         self.register_buffer("kl_coefficient", torch.tensor(rewards.beta_2, dtype=torch.float64))
         self.kl_coefficient: Tensor
         self.last_rollout: tuple[Trajectory, list[list[Message]]]
-        """Responses of the last iteration and the messages of their prompts, for callbacks."""
+        """This rank's responses of the last iteration and the messages of their prompts, for callbacks."""
 
     # Roles -----------------------------------------------------------------------------------------------------
 
@@ -114,12 +117,11 @@ class RTOModule(StageModule):
             self.backbone.copy_role("reference", "policy", trainable=True)
         else:
             self.add_policy()
-        self.engine = TransformersEngine(self.backbone, self.rollout_settings)
+        self.engine = build_engine(self.backbone, self.rollout_settings)
         self.reader = TrajectoryReader(self.backbone, self.ppo.scoring_batch_size or 2 * self.ppo.microbatch_size)
 
-    def configure_model(self) -> None:
-        """Load the base model and add the roles that the trainer's task needs: `predict` scores nothing."""
-        super().configure_model()
+    def add_roles_of_task(self) -> None:
+        """Add the roles that the trainer's task needs: `predict` scores nothing."""
         if self.ema_decay is not None and "policy_average" not in self.backbone.roles:
             add_policy_average(self.backbone)
         if self._trainer is None or not self.trainer.predicting:
@@ -151,16 +153,13 @@ class RTOModule(StageModule):
         """As :meth:`StageModule.setup`; also refuses what one iteration cannot do.
 
         Raises:
-            UserError: for several devices; in training also for sampling at temperature 0, or for a single response to
-                a prompt where the estimator compares several.
+            UserError: in training for sampling at temperature 0, or for a single response to a prompt where the
+                estimator compares several.
         """
         super().setup(stage)
-        if self.trainer.world_size > 1:
-            raise UserError("RTO runs on one device in this version; set trainer.devices to 1.")
+        self.rollout_settings.check_engine(training=stage == "fit")
         if stage == "fit":
             self.ppo.check_group(self.rollout_settings.responses_per_prompt)
-            if self.rollout_settings.temperature <= 0:
-                raise UserError("rollout.temperature is 0, which gives PPO nothing to learn from; set it above 0.")
 
     def named_optimizers(self) -> dict[str, OptimizerCallable]:
         """As :meth:`StageModule.named_optimizers`."""
@@ -179,8 +178,8 @@ class RTOModule(StageModule):
 
     def on_fit_start(self) -> None:
         """Check the batch size; measure score statistics if neither a role nor a checkpoint brought them."""
-        self.ppo.check(self._datamodule.batch_size * self.rollout_settings.responses_per_prompt)
-        self._measure_if_needed(self._datamodule.train_dataloader)
+        self.ppo.check(self._datamodule.batch_size * self.rollout_settings.responses_per_prompt, ranks())
+        self._measure_if_needed(self._datamodule.train_dataloader, shared_out=True)
 
     def on_validation_start(self) -> None:
         """Measure score statistics on the validation prompts, if they are unknown."""
@@ -191,11 +190,12 @@ class RTOModule(StageModule):
         self._measure_if_needed(self._datamodule.test_dataloader)
 
     @torch.no_grad()
-    def measure_score_statistics(self, batches: Iterable[PromptBatch]) -> None:
+    def measure_score_statistics(self, batches: Iterable[PromptBatch], shared_out: bool = False) -> None:
         """Set mean and standard deviation of the scores from answers of the reference policy.
 
         Args:
             batches: prompts; `rewards.normalization_samples` of them are answered.
+            shared_out: whether each rank has a share of a batch, rather than all of it.
 
         Raises:
             UserError: if all answers have the same score.
@@ -206,7 +206,8 @@ class RTOModule(StageModule):
             batch = batch.to(self.device)
             seeds = sample_seeds(self.seed, NORMALIZATION, batch.index)
             trajectory = self.engine.rollout("reference", batch.input_ids, batch.attention_mask, seeds)
-            scores = torch.cat([scores, self.reader.scores(self.scores, trajectory, batch.messages).cpu()])
+            of_batch = self.reader.scores(self.scores, trajectory, batch.messages)
+            scores = torch.cat([scores, (gather_rows(of_batch) if shared_out else of_batch).cpu()])
             if len(scores) >= wanted:
                 break
         units_are_new = not self.scores.normalizer().ready
@@ -229,13 +230,16 @@ class RTOModule(StageModule):
             if self.ema_decay is not None:
                 average_policy(self.backbone, self.ema_decay)
         self.last_rollout = trajectory, batch.messages
-        metrics: dict[str, Tensor | float] = {**experience.metrics(), **losses, **self.phases.finish(len(batch))}
+        samples = len(experience.mask)
+        metrics: dict[str, Tensor | float] = {**experience.metrics(), **losses, **self.phases.finish(samples)}
         metrics["kl_coefficient"] = float(self.kl_coefficient)
         if self.rewards.kl_target is not None and "policy/loss" in losses:  # not while the critic alone is trained
-            self._adapt_kl_coefficient(self.rewards.kl_target, float(metrics["kl"]), len(batch))
+            target, horizon = self.rewards.kl_target, self.rewards.kl_horizon
+            adapted = adaptive_kl_coefficient(float(self.kl_coefficient), float(metrics["kl"]), target, horizon, samples)
+            self.kl_coefficient.fill_(adapted)
         shown = {"reward/total", "score", "kl"}
         for name, value in metrics.items():
-            self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=len(batch))
+            self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=samples)
 
     def rollout(self, batch: PromptBatch, iteration: int, role: str = "policy") -> Trajectory:
         """Sample a response to each prompt.
@@ -268,6 +272,8 @@ class RTOModule(StageModule):
     def score(self, trajectory: Trajectory, prompts: list[list[Message]]) -> Experience:
         """Rewards as `reward` gives them, and the advantages and returns that policy and critic are trained on.
 
+        Every rank reads the responses to its own prompts; what comes out are the samples of all ranks.
+
         Args:
             trajectory: B prompts with a response each; responses to one prompt are neighbours.
             prompts: the messages of the prompts, for reward sources that read text.
@@ -278,43 +284,41 @@ class RTOModule(StageModule):
         values = policy.values
         if ppo.has_critic and values is None:
             values = self.reader.values("critic", trajectory)
+        scored, values = gather_scored(scored, values)
         advantages, returns = estimate_advantages(
             ppo.estimator, scored.terms, scored.mask, ppo.gamma, ppo.lam, values, group_size
         )
         if ppo.whitens:
             advantages = whiten(advantages, scored.mask)
+        advantages = weigh_for_engine(advantages, scored, ppo.importance_weight_cap)
         return Experience(**vars(scored), values=values, advantages=advantages, returns=returns)
 
     def update(self, experience: Experience, iteration: int) -> dict[str, Tensor]:
         """Epochs x minibatches x microbatches of policy and value loss.
 
         Args:
-            experience: what `score` returned, B samples.
+            experience: what `score` returned, B samples; of each minibatch every rank trains on a share.
             iteration: enters the seed of the minibatch order; the policy waits for the critic's warm-up.
 
         Returns:
             Means over the minibatches, for the log.
         """
-        self.ppo.check(samples := len(experience.mask))
-        minibatches: list[Tensor] = []
-        for epoch in range(self.ppo.epochs):
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "minibatches", iteration, epoch))
-            order = torch.randperm(samples, generator=generator).to(experience.mask.device)
-            minibatches += order.split(self.ppo.minibatch_size or samples)
+        self.ppo.check(samples := len(experience.mask), ranks())
         optimizers = self.optimizers()
         policy, critic = optimizers if isinstance(optimizers, list) else (optimizers, None)
         train_policy = critic is None or iteration >= self.critic.warmup_iterations
-        metrics = ppo_update(
-            self.backbone,
-            experience,
-            minibatches,
-            self.ppo,
-            self.rollout_settings.temperature,
-            self.manual_backward,
-            policy if train_policy else None,
-            critic,
-            self.critic.value_coefficient if critic is not None and self.critic.shared else None,
-        )
+        with local_gradients(self.trainer.strategy):
+            metrics = ppo_update(
+                self.backbone,
+                experience,
+                minibatches(samples, self.ppo, self.seed, iteration),
+                self.ppo,
+                self.rollout_settings.temperature,
+                self.manual_backward,
+                policy if train_policy else None,
+                critic,
+                self.critic.value_coefficient if critic is not None and self.critic.shared else None,
+            )
         for name, scheduler in self._schedulers.items():
             if name == "critic" or train_policy:
                 scheduler.step()
@@ -362,9 +366,9 @@ class RTOModule(StageModule):
             raise UserError("RTO takes its prompts from a data module; pass one to the trainer as `datamodule`.")
         return datamodule
 
-    def _measure_if_needed(self, dataloader: Callable[[], Iterable[PromptBatch]]) -> None:
+    def _measure_if_needed(self, dataloader: Callable[[], Iterable[PromptBatch]], shared_out: bool = False) -> None:
         if self.scores is not None and not self.scores.ready:
-            self.measure_score_statistics(dataloader())
+            self.measure_score_statistics(dataloader(), shared_out)
 
     @property
     def _temperature(self) -> float:
@@ -389,12 +393,8 @@ class RTOModule(StageModule):
         settings = self._temperature, self.rewards, float(self.kl_coefficient)
         return score_trajectory(self.reader, trajectory, policy, prompts, *settings, self.scores)
 
-    def _adapt_kl_coefficient(self, target: float, kl: float, samples: int) -> None:
-        adapted = adaptive_kl_coefficient(float(self.kl_coefficient), kl, target, self.rewards.kl_horizon, samples)
-        self.kl_coefficient.fill_(adapted)
-
     def _evaluate(self, batch: PromptBatch, split: str) -> None:
         trajectory = self.rollout(batch, EVALUATION, self.saved_role)
         shown = {"reward/total", "kl"}
         for name, value in self.reward(trajectory, batch.messages, self.saved_role).metrics().items():
-            self.log(f"{split}/{name}", value.float(), prog_bar=name in shown, batch_size=len(batch))
+            self.log_mean(f"{split}/{name}", value.float(), len(batch), shown=name in shown)

@@ -72,7 +72,7 @@ class PPOSettings:
     epochs: int = 1
     """Passes over the samples of an iteration."""
     minibatch_size: int | None = None
-    """Samples for each optimizer step; null takes all samples of the iteration."""
+    """Samples for each optimizer step, over all devices; null takes all samples of the iteration."""
     microbatch_size: int = 8
     """Samples for each forward and backward; changes memory, not the result."""
     scoring_batch_size: int | None = None
@@ -104,6 +104,9 @@ class PPOSettings:
     """Take the log-probabilities of the policy that sampled, and a shared critic's values, from the sampling forwards
     instead of a pass of their own over the responses. Null does so where that is exact but for rounding: frozen weights
     and `trainer.precision` of 32 or 64 bits. In 16 bits the two differ by about 0.04 nats a token."""
+    importance_weight_cap: float | None = None
+    """Weigh each token by the ratio of policy and rollout engine, up to this, such as 2 (truncated importance sampling;
+    see `truncated_importance_weights`): for what the mismatch of `rollout.engine: vllm` would distort. Null is off."""
     policy_gradient_clip_val: float | None = 1.0
     """Largest gradient norm of the policy; null is off."""
     critic_gradient_clip_val: float | None = 1.0
@@ -113,6 +116,7 @@ class PPOSettings:
         """Raise UserError for values that no run can use."""
         sizes = ("epochs", "minibatch_size", "microbatch_size", "scoring_batch_size")
         limits = ("clip_range", "value_clip_range", "policy_gradient_clip_val", "critic_gradient_clip_val", "kl_stop")
+        limits += ("importance_weight_cap",)
         check_settings("model.ppo", self, positive=sizes + limits, not_negative=("entropy_coefficient",))
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
@@ -134,9 +138,14 @@ class PPOSettings:
         chosen = self.whiten_advantages
         return self.estimator in WHITENED_ESTIMATORS if chosen is None else chosen
 
-    def check(self, samples: int) -> None:
-        """Raise UserError if `samples` of one iteration do not split into the minibatches."""
+    def check(self, samples: int, ranks: int = 1) -> None:
+        """Raise UserError if `samples` of one iteration do not split into the minibatches, or these not over ranks."""
         size = self.minibatch_size or samples
+        if size % ranks:
+            raise UserError(
+                f"the minibatches of {size} responses do not split evenly over {ranks} devices; set ppo.minibatch_size "
+                "to a multiple of them."
+            )
         if samples % size:
             raise UserError(
                 f"ppo.minibatch_size {size} does not divide the {samples} responses of an iteration (data.batch_size "

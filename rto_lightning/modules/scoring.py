@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rto_lightning.algorithms import compose_rewards, kl_estimate
+from rto_lightning.algorithms import compose_rewards, kl_estimate, truncated_importance_weights
 from rto_lightning.backbone import Message, sentence_ends
 from rto_lightning.modules.experience import PolicyReading, ScoredTrajectory
 from rto_lightning.modules.reading import TrajectoryReader
@@ -92,6 +92,14 @@ def score_trajectory(
     )
     kl = kl_estimate(policy.logprobs, reference, mask, "k1")
     return ScoredTrajectory(trajectory, policy.logprobs, policy.entropy, kl, of_sources, terms)
+
+
+def weigh_for_engine(advantages: Tensor, scored: ScoredTrajectory, cap: float | None) -> Tensor:
+    """Advantages (B, T) times :func:`truncated_importance_weights`, for what another engine sampled; None is 1."""
+    of_engine = scored.trajectory.engine_logprobs
+    if cap is None or of_engine is None:
+        return advantages
+    return advantages * truncated_importance_weights(scored.logprobs, of_engine, scored.mask, cap)
 
 
 def samples_exactly(dtype: torch.dtype, quantized: bool, precision: str) -> bool:

@@ -5,6 +5,7 @@ from torch import Tensor
 from rto_lightning.algorithms import masked_mean
 from rto_lightning.data import DemonstrationBatch
 from rto_lightning.modules.stage import StageModule
+from rto_lightning.parallel import ranks, sum_over_ranks
 
 
 class SFTModule(StageModule):
@@ -23,9 +24,11 @@ class SFTModule(StageModule):
         self._loss(batch, "test")
 
     def _loss(self, batch: DemonstrationBatch, split: str) -> Tensor:
+        mask = batch.sequences.response_mask
         logprobs, _ = self.backbone.token_logprobs(self.trained_role, batch.sequences)
-        loss = -masked_mean(logprobs, batch.sequences.response_mask)
+        loss, tokens = -masked_mean(logprobs, mask), mask.sum()
+        if ranks() > 1:  # so that the mean over ranks is that over all tokens
+            loss = loss * tokens * ranks() / sum_over_ranks(tokens)
         # Weighted by tokens, the mean over an epoch does not depend on the batch size.
-        tokens = int(batch.sequences.response_mask.sum())
-        self.log(f"{split}/loss", loss, prog_bar=True, batch_size=tokens)
+        self.log_mean(f"{split}/loss", loss, int(tokens), shown=True)
         return loss

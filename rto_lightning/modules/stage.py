@@ -9,12 +9,15 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.optim import Optimizer
 
 from rto_lightning.backbone import BackboneSettings, ChatTokenizer, PolicyBackbone, RoleCard, load_chat_tokenizer
 from rto_lightning.backbone.fingerprints import adapter_fingerprint
 from rto_lightning.backbone.roles import check_init, role_folder
 from rto_lightning.errors import UserError
-from rto_lightning.optimizers import build_optimizer, check_optimizer
+from rto_lightning.optimizers import build_optimizer, check_optimizer, check_shardable
+from rto_lightning.parallel import ranks, sum_gradients
+from rto_lightning.strategies import FullyShardedStrategy, check_strategy
 
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
@@ -66,12 +69,13 @@ class StageModule(LightningModule):
         return load_chat_tokenizer(self.settings)
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that would round the trained weights, and optimizers that do not work on the device.
+        """Refuse a precision that would round the trained weights, and strategies and optimizers that do not work.
 
         Raises:
-            UserError: if `trainer.precision` is not one of `32-true`, `bf16-mixed` and `64-true`; in training also if
-                an optimizer cannot take a step on the device.
+            UserError: if `trainer.precision` is not one of `32-true`, `bf16-mixed` and `64-true`; if the strategy cannot
+                run a stage; in training also if an optimizer cannot take a step on the device.
         """
+        check_strategy(self.trainer.strategy, self.settings)
         precision = str(self.trainer.precision)
         if precision not in PRECISIONS:
             raise UserError(
@@ -82,20 +86,34 @@ class StageModule(LightningModule):
         if stage == "fit":
             for key, make in self.named_optimizers().items():
                 check_optimizer(make, key, self.trainer.strategy.root_device, self.settings.trained_dtype)
+                if self.is_sharded and self.settings.mode == "full":
+                    check_shardable(make, key)
 
     def named_optimizers(self) -> dict[str, OptimizerCallable]:
         """What makes each optimizer of the stage, by its key in a configuration."""
         return {"model.optimizer": self.optimizer}
 
     def configure_model(self) -> None:
-        """Load the base model and add the roles, once."""
+        """Load the base model and add the roles, once; then spread them over ranks, if the strategy does."""
         if not hasattr(self, "backbone"):
             self.backbone = PolicyBackbone(self.settings, self.chat, self._device_of_trainer())
             self.add_roles()
+        self.add_roles_of_task()
+        self.shard_roles()
 
     def add_roles(self) -> None:
         """Add the roles of the stage; by default the trained one."""
         self.add_policy()
+
+    def add_roles_of_task(self) -> None:
+        """Add roles that only the trainer's present task needs and that are not there yet; by default none."""
+
+    def shard_roles(self) -> None:
+        """Spread models that are not spread yet, under a strategy that asks for it."""
+        if self.is_sharded:
+            strategy: Any = self.trainer.strategy
+            precision, by_hand = str(self.trainer.precision), not self.automatic_optimization
+            self.backbone.shard(strategy.sharding(precision, self.settings.mode, sum_gradients=by_hand))
 
     def add_reference(self) -> None:
         """Add the frozen role `reference`: the base model or the SFT adapter `init` on it."""
@@ -119,6 +137,11 @@ class StageModule(LightningModule):
         with self.backbone.play(self.trained_role):
             loss.backward(*args, **kwargs)
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Average the gradients of weights that stay whole on every rank beside a sharded model."""
+        if self.automatic_optimization and self.is_sharded:
+            sum_gradients(self.backbone.trained_parameters(self.trained_role), mean=True)
+
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: only RTO answers prompts.
 
@@ -137,8 +160,19 @@ class StageModule(LightningModule):
         weights: Mapping[str, Tensor] = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: weights[name] for name in weights if name in kept}
 
+    def log_mean(self, name: str, value: Tensor, weight: int, shown: bool = False) -> None:
+        """Log a mean of this rank's batch; what appears is the mean over ranks and, per epoch, over batches.
+
+        Args:
+            name: `train/...`, `validation/...` or `test/...`.
+            value: scalar.
+            weight: of the batch in an epoch's mean, such as its rows.
+            shown: also on the progress bar.
+        """
+        self.log(name, value.detach(), prog_bar=shown, batch_size=weight, sync_dist=ranks() > 1)
+
     def save_role(self, folder: Path) -> None:
-        """Write the trained role as a PEFT or Hugging Face folder with a `role.json`.
+        """Write the trained role as a PEFT or Hugging Face folder with a `role.json`; every rank has to call it.
 
         Raises:
             UserError: if the folder exists and is not empty.
@@ -159,6 +193,11 @@ class StageModule(LightningModule):
     def role_settings(self) -> dict[str, Any]:
         """What a reader of the saved role must know about its training."""
         return {}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the strategy spreads models over ranks."""
+        return self._trainer is not None and isinstance(self.trainer.strategy, FullyShardedStrategy)
 
     def _device_of_trainer(self) -> torch.device | None:
         return self._trainer.strategy.root_device if self._trainer is not None else None

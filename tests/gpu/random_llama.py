@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from rto_lightning.backbone import BackboneSettings, LoraSettings, RoleCard, load_chat_tokenizer
 from rto_lightning.backbone.fingerprints import ADAPTER_FILE, base_fingerprint
-from rto_lightning.backbone.policy_backbone import HEAD_FILE
+from rto_lightning.backbone.heads import HEAD_FILE
 from tests.models import tiny_config
 from tests.tiny import tiny_tokenizer
 
