@@ -77,8 +77,8 @@ def largest_over_ranks(number: Tensor) -> Tensor:
 def sum_gradients(parameters: Iterable[nn.Parameter], mean: bool = False) -> None:
     """Add up the gradients of replicated weights over ranks, in place.
 
-    Sharded weights are left alone: FSDP has reduced their gradients in the backward pass. Every rank must hold gradients
-    for the same weights.
+    Sharded weights are left alone: FSDP has reduced their gradients in the backward pass. Every rank must hold
+    gradients for the same weights.
 
     Args:
         parameters: the weights; those without a gradient are left out.

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from rto_lightning.backbone import BackboneSettings
 from rto_lightning.backbone.sharding import Sharding
 from rto_lightning.errors import UserError
 
@@ -170,26 +169,21 @@ def resolve_strategy(strategy: Any) -> Any:
     if strategy in _SHARDED or strategy in _SHARDED_OFFLOADED:
         return FullyShardedStrategy(cpu_offload=strategy in _SHARDED_OFFLOADED)
     raise UserError(
-        f"trainer.strategy {strategy} does not run the stages here, which keep several roles on one model; set it to auto "
-        "(one device), ddp (a copy of the model on each) or fsdp (FSDP2, a part of it on each)."
+        f"trainer.strategy {strategy} does not run the stages here, which keep several roles on one model; set it to "
+        "auto (one device), ddp (a copy of the model on each) or fsdp (FSDP2, a part of it on each)."
     )
 
 
-def check_strategy(strategy: Strategy, backbone: BackboneSettings) -> None:
-    """Refuse a strategy on which no stage, or not this model, can run.
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse a strategy on which no stage can run.
 
     Raises:
-        UserError: if it is none of one device, DDP and FSDP2; for 4-bit weights under FSDP2.
+        UserError: if it is none of one device, DDP and FSDP2.
     """
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
         raise UserError(
             f"the strategy {type(strategy).__name__} does not run the stages here, which keep several roles on one "
             "model; set trainer.strategy to ddp or fsdp, or to rto_lightning.strategies.FullyShardedStrategy."
-        )
-    if isinstance(strategy, FullyShardedStrategy) and backbone.quantization is not None:
-        raise UserError(
-            f"trainer.strategy fsdp does not spread {backbone.quantization} weights over devices; set it to ddp, or "
-            "model.backbone.quantization to null."
         )
 
 
@@ -205,8 +199,8 @@ def check_processes(strategy: Strategy) -> None:
     process, devices = environment.local_rank(), len(strategy.parallel_devices)
     if process >= devices:
         raise UserError(
-            f"process {process} of this machine has no device, since trainer.devices gives {devices}; set trainer.devices "
-            "to the number of processes that are started on a machine."
+            f"process {process} of this machine has no device, since trainer.devices gives {devices}; set "
+            "trainer.devices to the number of processes that are started on a machine."
         )
 
 

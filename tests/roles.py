@@ -21,7 +21,7 @@ def save_random_role(model: Path, folder: Path, name: str, **changes: Any) -> st
     Returns:
         The folder, as settings take it.
     """
-    settings = BackboneSettings(str(model), lora=LORA, **changes)
+    settings = BackboneSettings(str(model), **{"lora": LORA, **changes})
     backbone = PolicyBackbone(settings, load_chat_tokenizer(settings))
     backbone.add_role(name, trainable=True, scalar_head=name == "reward")
     with torch.random.fork_rng():

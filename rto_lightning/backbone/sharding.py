@@ -91,12 +91,8 @@ class Sharding:
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of a decoder, from first to last: the largest list of modules within it."""
     decoder: nn.Module = model.get_decoder()
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=_size, default=nn.ModuleList()))
-
-
-def _size(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
+    lists = [list(module) for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(w.numel() for layer in layers for w in layer.parameters()), default=[])
 
 
 def forward_of_role(method: Callable[Concatenate[Any, str, P], T]) -> Callable[Concatenate[Any, str, P], T]:
@@ -153,7 +149,7 @@ def gathered(model: nn.Module, all_layers: bool = True) -> Iterator[None]:
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model on the CPU, gathered where they are sharded; empty on all ranks but the first.
 
-    A weight at a time is whole on the device; one with two names, such as a tied output layer, is returned by the first.
+    A weight at a time is whole on the device; one with two names, as a tied output layer, is returned by the first.
     Every rank has to call it.
     """
     whole: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The `rto-lightning` command: `fit`, `validate`, `test`, `predict`, `plan` on a stage, `pipeline` on a list of them.
+"""The `rto-lightning` command: `fit`, `validate`, `test`, `predict`, `plan`, `export` a stage; `pipeline` runs several.
 
 This file decides which command is meant and how errors are shown. What needs Lightning and torch is imported
 only once it is needed, so that help, version and misspelled paths are answered at once.
@@ -22,7 +22,11 @@ commands on one stage (SFT, DPO, reward model or RTO, as the configuration says)
                                 Several --config files and options such as --trainer.max_steps 10 may follow;
                                 the later one wins.
   plan --config FILE.yaml       print the memory that fit would take, from the settings and the model's config.json;
-                                --json prints it for machines
+                                --json prints it for machines, --processes N spreads it over N devices that need not
+                                be there, --bandwidth_gb_s X (50) is what each receives from others in a second
+  export FROM TO                write a trained role as a PEFT or Hugging Face folder with a model card; FROM is the
+                                folder of a stage, a role/ folder or a checkpoint; --merge adds an adapter to its base,
+                                --push_to_hub USER/NAME uploads it (`rto-lightning export --help`)
 command on a list of stages:
   pipeline --config FILE.yaml   run the stages in order, and skip what is done
 
@@ -67,8 +71,12 @@ def _dispatch(arguments: list[str]) -> None:
         from rto_lightning.cli.plan import main as plan_main
 
         plan_main(arguments[1:])
+    elif command == "export":
+        from rto_lightning.cli.export import main as export_main
+
+        export_main(arguments[1:])
     elif command in STAGE_COMMANDS:
         run_stage(arguments)
     else:
-        known = ", ".join([*STAGE_COMMANDS, "plan", "pipeline"])
+        known = ", ".join([*STAGE_COMMANDS, "plan", "pipeline", "export"])
         raise ConfigurationError(f"unknown command `{command}`; choose one of {known} (--help explains them).")

@@ -5,12 +5,14 @@ that went deepest, joins the keys on the way to it, looks the full key up in the
 which file and line it stands, and proposes the accepted key that is spelled most alike.
 """
 
+import argparse
 import difflib
 import importlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
@@ -44,6 +46,14 @@ class ConfigurationError(UserError):
 
     The command ends with status 2, as it does for every mistake on a command line.
     """
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Reads the options of a command of ours, and raises a `ConfigurationError` for those that it cannot read."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises, where argparse would end the process."""
+        raise ConfigurationError(f"{message}; `{self.prog} --help` lists the options.")
 
 
 @dataclass

@@ -187,7 +187,8 @@ class RTOCLI(LightningCLI):
         if settings.logger is None or settings.logger is True:
             kwargs["logger"] = default_loggers(root, str(self.subcommand))
         kwargs["callbacks"] = [*_as_list(settings.callbacks), *self._default_callbacks(settings, root)]
-        from rto_lightning.strategies import check_processes, resolve_strategy  # late, as it imports the models' libraries
+        # Late, as it imports the models' libraries.
+        from rto_lightning.strategies import check_processes, resolve_strategy
 
         kwargs["strategy"] = resolve_strategy(settings.strategy)
         try:

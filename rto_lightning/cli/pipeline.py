@@ -16,9 +16,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from rto_lightning.cli.config_errors import ConfigurationError, explain
+from rto_lightning.cli.config_errors import CommandParser, ConfigurationError, explain
 from rto_lightning.cli.pipeline_records import finished_stages, stage_inputs, write_done
 from rto_lightning.cli.pipeline_settings import (
     PLACEHOLDER,
@@ -47,7 +47,7 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: For every mistake that the user can cure.
     """
-    parser = _Parser(prog="rto-lightning pipeline", description="Run the stages of a pipeline file in order.")
+    parser = CommandParser(prog="rto-lightning pipeline", description="Run the stages of a pipeline file in order.")
     parser.add_argument("-c", "--config", required=True, metavar="FILE.yaml", help="the pipeline file")
     parser.add_argument("--output_dir", metavar="DIR", help="folder of all stages, instead of the file's")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of every stage, instead of the file's")
@@ -207,8 +207,3 @@ def _free_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; `{self.prog} --help` lists the options.")

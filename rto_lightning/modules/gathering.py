@@ -39,7 +39,8 @@ def gather_scored(scored: ScoredTrajectory, values: Tensor | None) -> tuple[Scor
     everyone = Sequences(both(sequences.input_ids), both(sequences.attention_mask), tokens(sequences.response_mask))
     trajectory = scored.trajectory
     names = [f.name for f in fields(Trajectory) if f.name not in _NOT_TABLES]
-    tables: dict[str, Any] = {name: tokens(getattr(trajectory, name)) for name in names if getattr(trajectory, name) is not None}
+    known = [name for name in names if getattr(trajectory, name) is not None]
+    tables: dict[str, Any] = {name: tokens(getattr(trajectory, name)) for name in known}
     trajectory = replace(trajectory, sequences=everyone, truncated=gather_rows(trajectory.truncated), **tables)
     terms = replace(scored.terms, **{f.name: tokens(getattr(scored.terms, f.name)) for f in fields(scored.terms)})
     gathered = replace(

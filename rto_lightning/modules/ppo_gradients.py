@@ -1,7 +1,7 @@
 """Gradients of policy and critic for one minibatch, accumulated over microbatches.
 
-Losses are divided by the counts of the whole minibatch, of which each rank reads a share: added up over ranks, gradients
-and metrics are those of one process.
+Losses are divided by the counts of the whole minibatch, of which each rank reads a share: added up over ranks,
+gradients and metrics are those of one process.
 """
 
 from collections.abc import Callable

@@ -15,7 +15,7 @@ from rto_lightning.seeding import derive_seed
 
 
 def minibatches(samples: int, ppo: PPOSettings, seed: int, iteration: int) -> list[Tensor]:
-    """Rows of each minibatch of an iteration, (M,) int64 on the CPU: every epoch has all samples in an order of its own.
+    """Rows of each minibatch of an iteration, (M,) int64 on the CPU: each epoch has all samples in an order of its own.
 
     Args:
         samples: of the iteration, over all ranks.

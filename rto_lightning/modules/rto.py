@@ -150,16 +150,15 @@ class RTOModule(StageModule):
         return "policy_average" if "policy_average" in self.backbone.roles else "policy"
 
     def setup(self, stage: str) -> None:
-        """As :meth:`StageModule.setup`; also refuses what one iteration cannot do.
-
-        Raises:
-            UserError: in training for sampling at temperature 0, or for a single response to a prompt where the
-                estimator compares several.
-        """
+        """As :meth:`StageModule.setup`; raises UserError also for rollouts that cannot be made or trained on."""
         super().setup(stage)
         self.rollout_settings.check_engine(training=stage == "fit")
         if stage == "fit":
             self.ppo.check_group(self.rollout_settings.responses_per_prompt)
+
+    def teardown(self, stage: str) -> None:
+        """Give back what the rollout engine holds."""
+        self.engine.close()
 
     def named_optimizers(self) -> dict[str, OptimizerCallable]:
         """As :meth:`StageModule.named_optimizers`."""
@@ -234,9 +233,8 @@ class RTOModule(StageModule):
         metrics: dict[str, Tensor | float] = {**experience.metrics(), **losses, **self.phases.finish(samples)}
         metrics["kl_coefficient"] = float(self.kl_coefficient)
         if self.rewards.kl_target is not None and "policy/loss" in losses:  # not while the critic alone is trained
-            target, horizon = self.rewards.kl_target, self.rewards.kl_horizon
-            adapted = adaptive_kl_coefficient(float(self.kl_coefficient), float(metrics["kl"]), target, horizon, samples)
-            self.kl_coefficient.fill_(adapted)
+            before, aim = float(self.kl_coefficient), (self.rewards.kl_target, self.rewards.kl_horizon)
+            self.kl_coefficient.fill_(adaptive_kl_coefficient(before, float(metrics["kl"]), *aim, samples))
         shown = {"reward/total", "score", "kl"}
         for name, value in metrics.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=samples)
@@ -252,9 +250,8 @@ class RTOModule(StageModule):
         seeds = sample_seeds(self.seed, iteration, batch.index)
         keep = self._keeps_sampling_logprobs
         head = self.backbone.head(self._value_role) if keep and role == "policy" and self._value_role else None
-        return self.engine.rollout(
-            role, batch.input_ids, batch.attention_mask, seeds, with_logprobs=keep, value_head=head
-        )
+        prompts = batch.input_ids, batch.attention_mask
+        return self.engine.rollout(role, *prompts, seeds, with_logprobs=keep, value_head=head)
 
     @torch.no_grad()
     def reward(self, trajectory: Trajectory, prompts: list[list[Message]], role: str = "policy") -> ScoredTrajectory:

@@ -116,8 +116,8 @@ class PPOSettings:
         """Raise UserError for values that no run can use."""
         sizes = ("epochs", "minibatch_size", "microbatch_size", "scoring_batch_size")
         limits = ("clip_range", "value_clip_range", "policy_gradient_clip_val", "critic_gradient_clip_val", "kl_stop")
-        limits += ("importance_weight_cap",)
-        check_settings("model.ppo", self, positive=sizes + limits, not_negative=("entropy_coefficient",))
+        positive = (*sizes, *limits, "importance_weight_cap")
+        check_settings("model.ppo", self, positive, not_negative=("entropy_coefficient",))
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"model.ppo.{name} is {getattr(self, name)}; set it between 0 and 1.")

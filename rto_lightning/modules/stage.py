@@ -72,10 +72,10 @@ class StageModule(LightningModule):
         """Refuse a precision that would round the trained weights, and strategies and optimizers that do not work.
 
         Raises:
-            UserError: if `trainer.precision` is not one of `32-true`, `bf16-mixed` and `64-true`; if the strategy cannot
-                run a stage; in training also if an optimizer cannot take a step on the device.
+            UserError: if `trainer.precision` is not one of `32-true`, `bf16-mixed` and `64-true`; if the strategy
+                cannot run a stage; in training also if an optimizer cannot take a step on the device.
         """
-        check_strategy(self.trainer.strategy, self.settings)
+        check_strategy(self.trainer.strategy)
         precision = str(self.trainer.precision)
         if precision not in PRECISIONS:
             raise UserError(

@@ -4,9 +4,9 @@
     python tests/benchmarks/scaling.py --model MODEL_FOLDER --accelerator gpu --processes 1 8
     python tests/benchmarks/scaling.py --tiny                            a trial of the script itself
 
-The same global batch every time, so that ideally two processes take half of the seconds. Medians of the iterations after
-the first; peak memory is that of the first process. On a CPU each process gets one thread. The last line is one JSON
-object.
+The same global batch every time, so that ideally two processes take half of the seconds. Medians of the iterations
+after the first; peak memory is that of the first process. On a CPU each process gets one thread. The last line is one
+JSON object.
 """
 
 import argparse

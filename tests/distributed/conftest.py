@@ -15,7 +15,8 @@ from tests.models import write_tiny_model
 from tests.roles import save_random_role
 
 ROOT = Path(__file__).parents[2]
-Launch = Callable[[Sequence[Case], int], str]
+Torchrun = Callable[[int, str, str], str]
+Launch = Callable[[Sequence[Case], int], None]
 
 
 @pytest.fixture(scope="session")
@@ -40,17 +41,27 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Runs cases in as many processes as asked, and returns what they printed."""
+def torchrun() -> Torchrun:
+    """Runs a module of the tests with an argument in several processes, and returns what they printed."""
 
-    def run(cases: Sequence[Case], processes: int) -> str:
-        path = tmp_path_factory.mktemp("cases") / "cases.json"
-        path.write_text(json.dumps([asdict(case) for case in cases]))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "tests.distributed.worker", str(path)]
+    def run(processes: int, module: str, argument: str) -> str:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *(launcher if processes > 1 else []), "-m", module, argument]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-9000:]
         return result.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory, torchrun: Torchrun) -> Launch:
+    """Runs cases in as many processes as asked."""
+
+    def run(cases: Sequence[Case], processes: int) -> None:
+        path = tmp_path_factory.mktemp("cases") / "cases.json"
+        path.write_text(json.dumps([asdict(case) for case in cases]))
+        torchrun(processes, "tests.distributed.worker", str(path))
 
     return run

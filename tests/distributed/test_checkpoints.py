@@ -54,7 +54,8 @@ def test_only_what_is_trained_is_written(mode: str, strategy: str, runs: dict[st
     if (mode, strategy) == ("full", "fsdp"):
         from torch.distributed.checkpoint import FileSystemReader
 
-        names = {name.removeprefix("state_dict.") for name in FileSystemReader(path).read_metadata().state_dict_metadata}
+        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        names = {name.removeprefix("state_dict.") for name in stored}
         names = {name for name in names if not name.startswith("optimizer_")}
     else:
         names = set(torch.load(path, weights_only=False)["state_dict"])

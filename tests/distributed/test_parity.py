@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.conftest import Launch
+from tests.distributed.conftest import Launch, Torchrun
 from tests.distributed.worker import Case
 
 TOLERANCE = 1e-8
@@ -23,7 +23,11 @@ RLOO: dict[str, Any] = {
     "rollout": {"responses_per_prompt": 2, "batch_size": 3},
 }
 """Groups of responses, no critic."""
-SHARED: dict[str, Any] = {"critic": {"shared": True}, "ppo": {"minibatch_size": 4}, "rollout": {"gather_weights": False}}
+SHARED: dict[str, Any] = {
+    "critic": {"shared": True},
+    "ppo": {"minibatch_size": 4},
+    "rollout": {"gather_weights": False},
+}
 """A critic on the policy; under FSDP the ranks sample in step, each layer gathered at every token."""
 
 
@@ -101,6 +105,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, str], launc
 @pytest.mark.parametrize("name", ["rto", "rloo", "shared", "sft", "dpo", "reward_model"])
 def test_two_ranks_train_what_one_process_trains(name: str, mode: str, strategy: str, runs: dict[str, Case]) -> None:
     check_same(runs[f"{name}-{mode}-{strategy}"], runs[f"{name}-{mode}-auto"])
+
+
+@pytest.mark.slow
+def test_four_ranks_train_what_one_process_trains(
+    tmp_path: Path, inputs: dict[str, str], launch: Launch, runs: dict[str, Case]
+) -> None:
+    four = cases(tmp_path, inputs, ("ddp", "fsdp"), False)
+    launch(list(four.values()), 4)
+    for name, case in four.items():
+        check_same(case, runs[f"{name.rpartition('-')[0]}-auto"])
+
+
+@pytest.mark.slow
+def test_quantized_weights_are_spread(inputs: dict[str, str], torchrun: Torchrun) -> None:
+    """NF4 under FSDP2: each rank holds half of the packed weights, and nothing that is computed changes."""
+    printed = torchrun(2, "tests.distributed.quantized", inputs["model"])
+    assert printed.count("as before") == 2
 
 
 @pytest.mark.slow

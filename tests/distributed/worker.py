@@ -1,6 +1,6 @@
 """What every rank of a test runs: the cases of a JSON file, one trainer after another in one process group.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.distributed.worker CASES.json
+python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.distributed.worker CASES.json
 """
 
 import json
