@@ -37,13 +37,15 @@ class MemoryReport(Callback):
         device, precision = trainer.strategy.root_device, str(trainer.precision)
         data, foreach = getattr(trainer, "datamodule", None), device.type == "cuda"
         with suppress(Exception):  # a plan that fails must not end a run
-            plan = memory.plan_memory(memory.workload_of(pl_module, data, precision), foreach=foreach)
+            parallelism = memory.running_parallelism(trainer, pl_module)
+            workload = memory.workload_of(pl_module, data, precision, parallelism)
+            plan = memory.plan_memory(workload, foreach=foreach)
             self.plan = plan if device.type == "cuda" else replace(plan, process=memory.resident_bytes())
             available = memory.available_bytes(device)
             if available is not None and self.plan.peak > available:
                 changes: list[Change] = []
                 with suppress(Exception):  # nor may proposals that fail keep the warning back
-                    changes = memory.proposed_changes(self.plan, pl_module, data, precision, foreach)
+                    changes = memory.proposed_changes(self.plan, pl_module, data, precision, foreach, parallelism)
                 rank_zero_warn(memory.warning(self.plan, available, changes))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,42 +1,85 @@
 """`rto-lightning plan`: what a stage would take of memory, before any weight is loaded.
 
 The configuration is read as `fit` reads it. Roles of stages that have not run yet are replaced by what the settings say
-they will be; of the base model only its `config.json` is read.
+they will be; of the base model only its `config.json` is read. Of several processes, which need not be there, the plan
+is that of one, with what it communicates and computes.
 """
 
+import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
-from rto_lightning.cli.config_errors import check_config_files
+from rto_lightning.cli.config_errors import ConfigurationError, check_config_files
 from rto_lightning.cli.lightning_cli import RTOCLI, run
 from rto_lightning.cli.stage import given_config_files
 from rto_lightning.errors import MissingInputError, UserError
 
-JSON_OPTION = "--json"
+DEFAULT_BANDWIDTH = 50.0
+"""GB/s: a link of 400 Gbit a GPU between nodes."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Runs `rto-lightning plan` with these arguments: those of `fit`, and `--json`.
+    """Runs `rto-lightning plan` with these arguments: those of `fit`, `--json`, `--processes` and `--bandwidth_gb_s`.
 
     Raises:
         UserError: for every mistake that the user can cure.
     """
-    options = ["fit", *(argument for argument in args if argument != JSON_OPTION)]
+    own, rest = _own_options(args)
+    with read_stage(rest) as stage:
+        print(report(*stage, own.json, own.processes, own.bandwidth_gb_s), end="")
+
+
+@contextmanager
+def read_stage(args: Sequence[str]) -> Iterator[tuple[Any, Any, Any]]:
+    """Module, data module and the settings of the trainer that options of `fit` mean.
+
+    Within it, there are stand-ins in the place of roles that do not exist yet.
+
+    Args:
+        args: the options.
+
+    Raises:
+        UserError: for every mistake that the user can cure.
+    """
+    options = ["fit", *args]
     config_files = given_config_files(options)
     check_config_files(config_files)
     with tempfile.TemporaryDirectory() as folder:
         PlanCLI.stand_ins = Path(folder)
         cli = run(options, config_files, PlanCLI)
-        print(report(cli.model, cli.datamodule, cli.config.fit.trainer, JSON_OPTION in args), end="")
+        yield cli.model, cli.datamodule, cli.config.fit.trainer
 
 
-def report(module: Any, data: Any, trainer: Any, as_json: bool) -> str:
+def _own_options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options that `fit` does not have, and all others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--bandwidth_gb_s", type=float, default=DEFAULT_BANDWIDTH)
+    try:
+        own, rest = parser.parse_known_args(list(args))
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(f"{error.argument_name}: {error.message}; give it a number.") from error
+    if own.bandwidth_gb_s <= 0:
+        raise ConfigurationError(f"--bandwidth_gb_s is {own.bandwidth_gb_s}; set it above 0.")
+    return own, rest
+
+
+def report(
+    module: Any,
+    data: Any,
+    trainer: Any,
+    as_json: bool,
+    processes: int | None = None,
+    bandwidth: float = DEFAULT_BANDWIDTH,
+) -> str:
     """The plan as a table, or as JSON with the available bytes and what each change would leave.
 
     Args:
@@ -44,32 +87,45 @@ def report(module: Any, data: Any, trainer: Any, as_json: bool) -> str:
         data: its data module.
         trainer: the settings of the trainer.
         as_json: which of the two.
+        processes: over how many devices the stage is spread; None takes what the trainer's settings say.
+        bandwidth: GB/s that a device receives from others.
 
     Raises:
-        UserError: if there is no plan for such a stage or its models.
+        UserError: if there is no plan for such a stage or its models, or for such a strategy.
     """
     from rto_lightning import memory  # late, as it imports the models' libraries
 
     device, precision = planned_device(str(trainer.accelerator)), str(trainer.precision or "32-true")
     on_gpu = device.type == "cuda"
+    parallelism = memory.planned_parallelism(trainer, module, processes)
+    spread = parallelism.processes > 1 or parallelism.sharded
     try:
-        workload = memory.workload_of(module, data, precision)
+        workload = memory.workload_of(module, data, precision, parallelism)
         plan = memory.plan_memory(workload, 0 if on_gpu else memory.resident_bytes(), foreach=on_gpu)
+        costs = memory.plan_costs(workload, plan) if spread else None
     except UserError:
         raise
     except Exception as error:  # whatever code of models and libraries raises
         raise UserError(_no_plan(error)) from error
     available = None if on_gpu and not torch.cuda.is_available() else memory.available_bytes(device)
+    if available is not None and not on_gpu:
+        available //= parallelism.processes // parallelism.nodes  # one memory for all processes of a node
     fits = available is None or plan.peak <= available
     # Without the device nobody knows whether it fits, and the changes say how far one could get.
-    changes = [] if fits and available is not None else memory.proposed_changes(plan, module, data, precision, on_gpu)
+    changes = (
+        []
+        if fits and available is not None
+        else memory.proposed_changes(plan, module, data, precision, on_gpu, parallelism)
+    )
     if not as_json:
-        return memory.plan_table(plan, device.type, available, changes)
+        table = memory.plan_table(plan, device.type, available, changes)
+        return table if costs is None else f"{table}\n{memory.cost_table(costs, memory.Rates(bandwidth * 1e9))}"
     contents = {
         **plan.as_dict(),
         "device": device.type,
         "available": available,
         "changes": {change.setting: change.peak for change in changes},
+        **(costs.as_dict() if costs is not None else {}),
     }
     return json.dumps(contents, indent=2) + "\n"
 

@@ -19,16 +19,33 @@ from rto_lightning.backbone.kv_cache import build_cache
 from rto_lightning.backbone.logprobs import gather_logprobs
 from rto_lightning.memory.live_bytes import LiveBytes, tensor_bytes
 from rto_lightning.memory.shapes import BASE, StageShapes
+from rto_lightning.memory.sharding import (
+    cast_sharded_models,
+    gathered_at_a_time,
+    gathered_bytes,
+    gathers_in_16_bits,
+    gradients_at_a_time,
+    held_of_base,
+    held_of_copied_base,
+    held_of_role,
+    model_groups,
+)
 from rto_lightning.memory.workload import Forward, RoleWeights, Rollout, Workload
 from rto_lightning.optimizers import build_optimizer
 from rto_lightning.rollout.sampling import SAMPLED_LOGITS, draw_tokens
 
 Kind = Literal[
     "weights",
+    "copied base",
     "gradients",
     "optimizer",
     "optimizer step",
+    "host",
+    "summed gradients",
+    "largest summed gradient",
     "activations",
+    "gathered weights",
+    "gathered gradients",
     "KV cache",
     "prefill",
     "decoding",
@@ -39,7 +56,8 @@ class Quantity(NamedTuple):
     """What some bytes are for."""
 
     kind: Kind
-    """What they hold."""
+    """What they hold; `host` is all that a role keeps in the memory of the host, and summed gradients are those of
+    which every process gets the sum."""
     role: str
     """The role, the source of an outside model, or `base`."""
     part: Forward | Rollout | None = None
@@ -47,7 +65,7 @@ class Quantity(NamedTuple):
 
 
 def dry_run(workload: Workload, depth: int | None, foreach: bool) -> dict[Quantity, int]:
-    """Bytes of everything a stage holds and computes, if its models have at most `depth` layers.
+    """Bytes of everything a process of a stage holds and computes, if its models have at most `depth` layers.
 
     Args:
         workload: the stage.
@@ -58,17 +76,30 @@ def dry_run(workload: Workload, depth: int | None, foreach: bool) -> dict[Quanti
         UserError: if the configuration of a model cannot be read.
     """
     shapes = StageShapes(workload, depth)
-    sizes = {Quantity("weights", BASE): shapes.base_bytes()}
+    base = held_of_base(shapes)
+    sizes = {Quantity("weights", BASE): base.device, Quantity("host", BASE): base.host}
     for outside in workload.outside:
         sizes[Quantity("weights", outside.source)] = tensor_bytes(shapes.models[outside.source].parameters())
     for role in workload.roles:
         parameters = shapes.parameters(role.name)
-        sizes[Quantity("weights", role.name)] = tensor_bytes(parameters)
+        whole, held = tensor_bytes(parameters), held_of_role(shapes, role.name)
+        sizes[Quantity("weights", role.name)] = held.device
+        sizes[Quantity("host", role.name)] = held.host
         if role.optimizer is not None:
             state, step = _optimizer_bytes(role, shapes, parameters, foreach)
-            sizes[Quantity("gradients", role.name)] = tensor_bytes(parameters)
-            sizes[Quantity("optimizer", role.name)] = state
-            sizes[Quantity("optimizer step", role.name)] = step
+            sizes[Quantity("gradients", role.name)] = held.device
+            sizes[Quantity("optimizer", role.name)] = state * held.device // whole
+            sizes[Quantity("optimizer step", role.name)] = step * held.device // whole
+            sizes[Quantity("host", role.name)] += held.host + state * held.host // whole
+            summed = [] if shapes.parallelism.sharded and role.kind == "model" else parameters
+            sizes[Quantity("summed gradients", role.name)] = tensor_bytes(summed)
+            sizes[Quantity("largest summed gradient", role.name)] = max((w.nbytes for w in summed), default=0)
+    if any(phase.copies_base for phase in workload.phases):
+        sizes[Quantity("copied base", BASE)] = held_of_copied_base(shapes)
+    if workload.parallelism.sharded:
+        sizes |= _gathered_bytes(shapes, workload)
+        if gathers_in_16_bits(workload):
+            cast_sharded_models(shapes)
     seen: dict[Any, int] = {}
     for phase in workload.phases:
         for part in phase.parts:
@@ -80,6 +111,26 @@ def dry_run(workload: Workload, depth: int | None, foreach: bool) -> dict[Quanti
             if alike not in seen:
                 seen[alike] = _forward_bytes(shapes, part, workload)
             sizes[Quantity("activations", part.role, part)] = seen[alike]
+    return sizes
+
+
+def _gathered_bytes(shapes: StageShapes, workload: Workload) -> dict[Quantity, int]:
+    """What each part has gathered of sharded models, at the time it has the most."""
+    sizes: dict[Quantity, int] = {}
+    in_16_bits = gathers_in_16_bits(workload)
+    for part in (part for phase in workload.phases for part in phase.parts):
+        if part.role in shapes.outside:
+            continue
+        groups = model_groups(shapes, part.role)
+        size = gathered_at_a_time(groups, in_16_bits)
+        if isinstance(part, Rollout):
+            if workload.parallelism.gathers_for_rollout:
+                size = gathered_bytes(groups.weights, in_16_bits)
+        elif part.reading == "divergence" and shapes.model("reference") is not shapes.model(part.role):
+            size += gathered_bytes(model_groups(shapes, "reference").root, in_16_bits)
+        sizes[Quantity("gathered weights", part.role, part)] = size
+        if isinstance(part, Forward) and part.backward and any(weight.requires_grad for weight in groups.weights):
+            sizes[Quantity("gathered gradients", part.role, part)] = gradients_at_a_time(groups, in_16_bits)
     return sizes
 
 

@@ -48,6 +48,8 @@ class StageShapes:
         self.models: dict[str, Any] = {}
         self.heads: dict[str, ScalarHead] = {}
         self.roles = {role.name: role for role in workload.roles}
+        self.outside = {outside.source for outside in workload.outside}
+        self.parallelism = workload.parallelism
         self._depth = depth
         with torch.device("meta"):
             if workload.holds_base:

@@ -3,38 +3,54 @@
 from typing import Any
 
 from rto_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
+from rto_lightning.memory.parallelism import ONE_PROCESS, Parallelism
+from rto_lightning.memory.passes import rto_passes, scoring_reading
 from rto_lightning.memory.roles import copies_base_later, outside_models_of, roles_of
-from rto_lightning.memory.workload import Forward, OutsideModel, Phase, Reading, RoleWeights, Rollout, Workload
+from rto_lightning.memory.workload import (
+    Forward,
+    OutsideModel,
+    Passes,
+    Phase,
+    Reading,
+    RoleWeights,
+    Rollout,
+    Workload,
+)
 from rto_lightning.modules import PreferenceModule, RewardModelModule, RTOModule, SFTModule, StageModule
 from rto_lightning.modules.scoring import samples_exactly
 from rto_lightning.rollout import RolloutSettings
 
 
-def workload_of(module: StageModule, data: Any, precision: str = "32-true") -> Workload:
-    """What a stage holds and computes while it trains, at the longest prompts and responses that its settings allow.
+def workload_of(
+    module: StageModule, data: Any, precision: str = "32-true", parallelism: Parallelism = ONE_PROCESS
+) -> Workload:
+    """What a process of a stage holds and computes while it trains, at the longest prompts and responses allowed.
 
     Args:
         module: the stage, whose models need not be loaded.
         data: its data module, which need not be set up.
         precision: `trainer.precision`.
+        parallelism: how the stage is spread over processes.
 
     Raises:
         TypeError: if they are no stage and data of this project.
+        UserError: if the batches cannot be shared equally by the processes.
     """
     if isinstance(module, RTOModule) and isinstance(data, PromptDataModule):
-        return _rto(module, data, precision)
+        return _rto(module, data, precision, parallelism)
     kinds = {SFTModule: DemonstrationDataModule, PreferenceModule: PreferenceDataModule}
     kinds[RewardModelModule] = PreferenceDataModule
     for stage, kind in kinds.items():
         if isinstance(module, stage) and isinstance(data, kind):
-            return _supervised(module, data, precision)
+            return _supervised(module, data, precision, parallelism)
     raise TypeError(f"no memory plan is known for {type(module).__name__} with {type(data).__name__}")
 
 
-def _supervised(module: StageModule, data: Any, precision: str) -> Workload:
+def _supervised(module: StageModule, data: Any, precision: str, parallelism: Parallelism) -> Workload:
     """SFT, the preference losses and the reward model: one forward and backward of a batch."""
     role, pairs = module.trained_role, isinstance(data, PreferenceDataModule)
-    rows, eval_rows = data.batch_size * (1 + pairs), data.eval_batch_size * (1 + pairs)
+    batch = parallelism.share(data.batch_size, "data.batch_size")
+    rows, eval_rows = batch * (1 + pairs), data.eval_batch_size * (1 + pairs)
     reading: Reading = "score" if isinstance(module, RewardModelModule) else "logprobs"
     cached = False
     before: list[Phase] = []
@@ -52,9 +68,13 @@ def _supervised(module: StageModule, data: Any, precision: str) -> Workload:
     if data.sources["validation"] is not None:
         phases.append(Phase("validation", (Forward(role, reading, eval_rows),), (role,)))
     if isinstance(module, RewardModelModule) and module.score_statistics.samples > 0:
-        answers = Rollout(role, data.batch_size, module.score_statistics.max_new_tokens)
+        answers = Rollout(role, batch, module.score_statistics.max_new_tokens)
         phases.append(Phase("score statistics", (answers,), (role,), copies_base_later(module)))
     unit = "pairs" if pairs else "demonstrations"
+    passes = [Passes(phase.name, "reference", "logprobs", rows, 1) for phase in before if phase.name == "reference"]
+    if reading == "divergence":
+        passes.append(Passes("update", "reference", "logprobs", rows, 1))
+    passes.append(Passes("update", role, reading, rows, 1, steps=1))
     return Workload(
         stage=module.stage_name,
         backbone=module.settings,
@@ -62,30 +82,36 @@ def _supervised(module: StageModule, data: Any, precision: str) -> Workload:
         phases=tuple(phases),
         prompt_tokens=data.max_prompt_tokens,
         response_tokens=data.max_response_tokens,
-        batch=f"{data.batch_size} {unit} at a time, {data.eval_batch_size} in validation",
+        batch=f"{batch} {unit} at a time, {data.eval_batch_size} in validation",
         precision=precision,
+        parallelism=parallelism,
+        passes=tuple(passes),
     )
 
 
-def _rto(module: RTOModule, data: PromptDataModule, precision: str) -> Workload:
+def _rto(module: RTOModule, data: PromptDataModule, precision: str, parallelism: Parallelism) -> Workload:
     settings, ppo, rollout = module.settings, module.ppo, module.rollout_settings
-    samples = data.batch_size * rollout.responses_per_prompt
+    of_all = data.batch_size * rollout.responses_per_prompt
+    samples = parallelism.share(data.batch_size, "data.batch_size") * rollout.responses_per_prompt
+    minibatch = parallelism.share(ppo.minibatch_size or of_all, "ppo.minibatch_size")
     held_out = data.eval_batch_size if data.sources["validation"] is not None else 0
-    update_rows = min(ppo.microbatch_size, ppo.minibatch_size or samples)
+    update_rows = min(ppo.microbatch_size, minibatch)
     scoring_rows = min(ppo.scoring_batch_size or 2 * ppo.microbatch_size, max(samples, held_out))
-    keeps = ppo.sampling_logprobs
+    own_engine = rollout.engine == "vllm"
+    keeps = False if own_engine else ppo.sampling_logprobs
     if keeps is None:
         keeps = samples_exactly(settings.frozen_dtype, settings.quantization is not None, precision)
     roles, outside = roles_of(module), outside_models_of(module)
     rollouts = _rollouts(rollout, samples, held_out, keeps)
     sampled = max(part.rows for part in rollouts)
-    at_a_time = f"{sampled} sampled, {scoring_rows} scored, {update_rows} updated at a time"
+    at_a_time = f"{scoring_rows} scored, {update_rows} updated at a time"
+    at_a_time = f"{at_a_time}, sampled by vLLM beside" if own_engine else f"{sampled} sampled, {at_a_time}"
     return Workload(
         stage=module.stage_name,
         backbone=settings,
         roles=roles,
         phases=(
-            Phase("rollout", rollouts),
+            *(() if own_engine else (Phase("rollout", rollouts),)),
             Phase("scoring", _scoring(roles, outside, scoring_rows, keeps)),
             *_updates(roles, update_rows, ppo.entropy_coefficient != 0),
         ),
@@ -93,8 +119,10 @@ def _rto(module: RTOModule, data: PromptDataModule, precision: str) -> Workload:
         response_tokens=rollout.max_new_tokens,
         batch=f"{samples} responses an iteration, {at_a_time}",
         precision=precision,
-        samples=max(samples, held_out),
+        samples=max(of_all, held_out),
         outside=outside,
+        parallelism=parallelism,
+        passes=rto_passes(module, roles, outside, samples, minibatch, scoring_rows, keeps),
     )
 
 
@@ -118,12 +146,9 @@ def _scoring(
     kinds = {role.name: role.kind for role in roles}
     forwards = [] if keeps_logprobs else [Forward("policy", "logprobs and entropy", rows)]
     for role in roles:
-        if role.name in ("reference", "dpo", "dpo_reference"):
-            forwards.append(Forward(role.name, "logprobs", rows))
-        elif role.name == "critic" and role.kind != "shared":
-            forwards.append(Forward("critic", "values", rows))
-        elif role.name.startswith("reward"):
-            forwards.append(Forward(role.name, "score", rows))
+        reading = scoring_reading(role)
+        if reading is not None:
+            forwards.append(Forward(role.name, reading, rows))
     heaviest: dict[str, Forward] = {}
     for forward in forwards:
         on_base = kinds[forward.role] != "model"

@@ -6,6 +6,7 @@ from typing import Literal
 from lightning.pytorch.cli import OptimizerCallable
 
 from rto_lightning.backbone import BackboneSettings, LoraSettings
+from rto_lightning.memory.parallelism import ONE_PROCESS, Parallelism
 
 Reading = Literal["logprobs", "logprobs and entropy", "logprobs and values", "divergence", "values", "score"]
 """What a forward is for: log-probabilities of the response, also with the entropy before each token or with values off
@@ -91,6 +92,26 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How often a process runs one model for one thing in an iteration."""
+
+    phase: str
+    """What a table calls the phase."""
+    role: str
+    """Who computes: a role, or the source of an outside model."""
+    reading: Reading
+    """What for."""
+    rows: int
+    """Sequences in all, each as long as the limits allow."""
+    batches: int
+    """Forwards in which these are read; of a rollout, batches that are sampled one after the other."""
+    steps: int = 0
+    """Optimizer steps, before each of which gradients are summed over processes; 0 without a backward."""
+    new_tokens: int = 0
+    """Length limit of responses that are sampled; 0 where whole sequences are read."""
+
+
+@dataclass(frozen=True)
 class Workload:
     """One stage."""
 
@@ -111,9 +132,14 @@ class Workload:
     precision: str = "32-true"
     """The trainer's."""
     samples: int = 0
-    """Responses of an iteration, whose figures for each token are kept; 0 where a batch is all there is."""
+    """Responses of an iteration over all processes, whose figures for each token are kept; 0 where a batch is all there
+    is."""
     outside: tuple[OutsideModel, ...] = ()
     """Reward models that share nothing with the base."""
+    parallelism: Parallelism = ONE_PROCESS
+    """How the stage is spread; roles, phases and passes are those of one process."""
+    passes: tuple[Passes, ...] = ()
+    """Everything that is read, sampled and trained on in an iteration; of other stages than RTO, with a batch."""
 
     @property
     def holds_base(self) -> bool:

@@ -178,7 +178,7 @@ class RTOModule(StageModule):
     def on_fit_start(self) -> None:
         """Check the batch size; measure score statistics if neither a role nor a checkpoint brought them."""
         self.ppo.check(self._datamodule.batch_size * self.rollout_settings.responses_per_prompt, ranks())
-        self._measure_if_needed(self._datamodule.train_dataloader, shared_out=True)
+        self._measure_if_needed(self._datamodule.first_epoch, shared_out=True)
 
     def on_validation_start(self) -> None:
         """Measure score statistics on the validation prompts, if they are unknown."""
@@ -355,13 +355,6 @@ class RTOModule(StageModule):
         return {"score_statistics": self.scores.statistics()} if self.scores is not None else {}
 
     # Inside -----------------------------------------------------------------------------------------------------
-
-    @property
-    def _datamodule(self) -> Any:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None:
-            raise UserError("RTO takes its prompts from a data module; pass one to the trainer as `datamodule`.")
-        return datamodule
 
     def _measure_if_needed(self, dataloader: Callable[[], Iterable[PromptBatch]], shared_out: bool = False) -> None:
         if self.scores is not None and not self.scores.ready:

@@ -199,5 +199,12 @@ class StageModule(LightningModule):
         """Whether the strategy spreads models over ranks."""
         return self._trainer is not None and isinstance(self.trainer.strategy, FullyShardedStrategy)
 
+    @property
+    def _datamodule(self) -> Any:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            raise UserError(f"{self.stage_name} needs a data module; pass one to the trainer as `datamodule`.")
+        return datamodule
+
     def _device_of_trainer(self) -> torch.device | None:
         return self._trainer.strategy.root_device if self._trainer is not None else None

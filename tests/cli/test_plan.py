@@ -169,6 +169,7 @@ def said(monkeypatch) -> list[str]:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**20)
     said: list[str] = []
     monkeypatch.setattr("rto_lightning.callbacks.memory_report.rank_zero_warn", said.append)
+    monkeypatch.setattr("rto_lightning.data.module.ChatDataModule.prepare_data", lambda data: None)
     monkeypatch.setattr("rto_lightning.data.module.ChatDataModule.setup", lambda data, stage: None)
     return said
 
@@ -201,3 +202,44 @@ def test_a_plan_that_fails_does_not_end_a_run(trainable, monkeypatch, capsys):
     taken = memory.show_bytes(written["measured_peak"])
     assert f"peak memory: {taken} measured: " in captured.out
     assert "planned" not in captured.out and "architecture" not in captured.out + captured.err
+
+
+FULL_FSDP = ("--model.backbone.mode", "full", "--trainer.strategy", "fsdp", "--trainer.accelerator", "cpu")
+
+
+def test_a_plan_of_several_devices_is_that_of_one(capsys):
+    """Of devices that are not there."""
+    whole = planned(capsys, "--config", "rto.yaml", *FULL_FSDP[:2], *FULL_FSDP[4:])
+    share = planned(capsys, "--config", "rto.yaml", *FULL_FSDP, "--processes=4")
+    assert (share["processes"], share["sharing"]) == (4, "fsdp") and whole["processes"] == 1
+    for role in whole["weights"]:
+        assert share["weights"][role] == pytest.approx(whole["weights"][role] / 4, rel=0.05)
+    assert "1 responses an iteration" in share["batch"]
+    operations = {(found["phase"], found["operation"]) for found in share["transfers"]}
+    assert ("rollout", "all-gather of weights") in operations
+    assert ("update of critic", "reduce-scatter of gradients") in operations and "transfers" not in whole
+    assert [found["phase"] for found in share["computations"]] == [phase["name"] for phase in share["phases"]]
+
+
+def test_the_table_of_several_devices_says_what_they_communicate(capsys):
+    assert main(["plan", "--config", "rto.yaml", *FULL_FSDP, "--trainer.devices", "2", "--bandwidth_gb_s", "25"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "one of 2 processes, fsdp; rows are those of one process"
+    assert any(line.startswith("communication a process and iteration") and "s at 25 GB/s" in line for line in lines)
+    assert any(line.startswith("    gathered weights") for line in lines)
+    assert max(map(len, lines[3:])) <= 80
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--processes", "3"], "data.batch_size 4 counts rows over all devices"),
+        (["--processes", "many"], "--processes: invalid int value: 'many'"),
+        (["--bandwidth_gb_s", "0"], "--bandwidth_gb_s is 0.0; set it above 0"),
+        (["--trainer.strategy", "deepspeed"], "trainer.strategy deepspeed does not run the stages here"),
+    ],
+)
+def test_what_cannot_be_spread_is_told_in_one_sentence(capsys, args, words):
+    assert main(["plan", "--config", "rto.yaml", *args]) in (1, 2)
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and words in captured.err

@@ -1,14 +1,25 @@
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from rto_lightning.data import PreferenceDataModule
-from rto_lightning.memory import Change, MemoryPlan, plan_memory, plan_table, proposed_changes, warning, workload_of
+from rto_lightning.data import PreferenceDataModule, PromptDataModule
+from rto_lightning.memory import (
+    Change,
+    MemoryPlan,
+    Parallelism,
+    plan_memory,
+    plan_table,
+    proposed_changes,
+    warning,
+    workload_of,
+)
 from rto_lightning.memory.plan import Item, PhasePlan
+from rto_lightning.modules.rto_settings import CriticSettings
 from tests.modules import stages
 
 GIB = 2**30
@@ -82,6 +93,7 @@ def wide_model(tmp_path_factory) -> str:
     return str(folder)
 
 
+SHORT: dict[str, Any] = {"max_prompt_tokens": 8, "max_response_tokens": 8}
 PAIRS = PreferenceDataModule(train="x", max_prompt_tokens=200, max_response_tokens=200, batch_size=4)
 
 
@@ -103,3 +115,35 @@ def test_each_change_takes_less_and_what_the_plan_with_it_says(wide_model):
     small.batch_size = 1
     expected = plan_memory(workload_of(module, small)).peak
     assert Change("data.batch_size 1 with trainer.accumulate_grad_batches times 4", expected) in changes
+
+
+def test_sharing_is_proposed_to_processes_that_copy(tiny_model):
+    module, data = stages.dpo(tiny_model, mode="full"), PreferenceDataModule(train="x", batch_size=4, **SHORT)
+
+    def proposed(parallelism: Parallelism) -> tuple[int, dict[str, int]]:
+        plan = plan_memory(workload_of(module, data, parallelism=parallelism))
+        changes = proposed_changes(plan, module, data, "32-true", False, parallelism)
+        return plan.peak, {change.setting: change.peak for change in changes}
+
+    copied, changes = proposed(Parallelism("ddp", 4))
+    shared, others = proposed(Parallelism("fsdp", 4))
+    assert changes["trainer.strategy fsdp"] == shared < copied
+    assert not any(setting.startswith("data.batch_size") for setting in changes)  # each has one pair already
+    assert "model.backbone.mode adapters" in others  # but nothing that shares of weights do not go with
+    assert others.keys().isdisjoint({"trainer.strategy fsdp", "model.optimizer AdamW8bit"})
+
+
+def test_copies_hold_the_buckets_in_which_gradients_are_summed(tiny_model):
+    """DDP has one for every gradient; RTO, which sums by itself, copies a bucket at a time besides."""
+    module = stages.rto(tiny_model, backbone={"mode": "full"}, critic=CriticSettings(shared=True))
+    data = PromptDataModule(train="x", max_prompt_tokens=8, batch_size=4)
+    one, four = (
+        plan_memory(workload_of(module, data, parallelism=parallelism))
+        for parallelism in (Parallelism(), Parallelism("ddp", 4))
+    )
+    gradients = sum(item.bytes for item in one.phases[-1].items if item.name == "gradients")
+    assert (one.buckets, four.buckets) == (0, gradients)
+    assert four.resident - one.resident == gradients
+    assert "gradient buckets of DDP" in plan_table(four, "cuda", None)
+    lines = plan_table(four, "cuda", None).splitlines()
+    assert lines[1] == "one of 4 processes, ddp; rows are those of one process"

@@ -10,6 +10,7 @@ import torch
 from rto_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
 from rto_lightning.memory.dry_run import Quantity, dry_run
 from rto_lightning.memory.live_bytes import tensor_bytes
+from rto_lightning.memory.plan import plan_memory
 from rto_lightning.memory.shapes import model_tensors
 from rto_lightning.memory.stages import workload_of
 from rto_lightning.modules import StageModule
@@ -172,3 +173,23 @@ def test_a_reference_cache_leaves_the_copy_of_full_training_out(tiny_model):
 def test_other_modules_have_no_plan(tiny_model):
     with pytest.raises(TypeError, match="no memory plan is known for SFTModule with PromptDataModule"):
         workload_of(stages.sft(tiny_model), PROMPTS)
+
+
+def test_the_copy_of_the_base_that_the_cache_reads_is_counted(tiny_model):
+    """Frozen weights of 16 bits beside trained ones of 32."""
+    stage = stages.dpo(tiny_model, options={"reference_cache": "cache"}, mode="full", dtype="bfloat16")
+    plan = plan_memory(workload_of(stage, PREFERENCES))
+    [policy] = [item.bytes for item in plan.weights]
+    before, *others = [{item.name: item.bytes for item in phase.items} for phase in plan.phases]
+    assert before["base"] == policy // 2 and all("base" not in items for items in others)
+
+
+def test_vllm_samples_beside_the_plan(tiny_model, saved):
+    """Its weights and its key-value cache are its own; of a full policy it is handed all weights."""
+    for mode, handed_over in (("adapters", []), ("full", [("rollout", 0, 1)])):
+        roles = {(mode, role): saved[f"{mode} {role}"] for role in ("dpo", "reward")}
+        module = stages.full_rto(tiny_model, roles, mode, rollout=RolloutSettings(engine="vllm"))
+        workload = workload_of(module, PROMPTS)
+        assert workload.phases[0].name == "scoring" and "sampled by vLLM beside" in workload.batch
+        assert [part.role for part in workload.phases[0].parts if part.role == "policy"] == ["policy"]
+        assert [(p.phase, p.rows, p.batches) for p in workload.passes if p.phase == "rollout"] == handed_over
