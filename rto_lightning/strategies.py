@@ -58,6 +58,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
         self.cpu_offload = cpu_offload
 
+    @property
+    def offloads(self) -> bool:
+        """Whether shards are kept on the host and computed with elsewhere."""
+        return self.cpu_offload and self.root_device.type != "cpu"
+
     def setup_environment(self) -> None:
         """Makes one group of all ranks."""
         assert self.cluster_environment is not None
@@ -73,12 +78,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
             sum_gradients: as :attr:`Sharding.sum_gradients`.
         """
         dtype = torch.bfloat16 if precision == "bf16-mixed" and mode == "full" else None
-        return Sharding(self.device_mesh["data_parallel"], dtype, self.cpu_offload, sum_gradients)
+        return Sharding(self.device_mesh["data_parallel"], dtype, self.offloads, sum_gradients)
 
     def model_to_device(self) -> None:
         """Moves what is whole; offloaded shards stay on the host."""
         assert self.model is not None
-        if not self.cpu_offload:
+        if not self.offloads:
             super().model_to_device()
             return
         for tensor in (*self.model.parameters(), *self.model.buffers()):

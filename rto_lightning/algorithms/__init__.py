@@ -14,6 +14,7 @@ from rto_lightning.algorithms.estimators import (
     Estimator,
     estimate_advantages,
 )
+from rto_lightning.algorithms.importance import engine_mismatch, truncated_importance_weights
 from rto_lightning.algorithms.kl import KLEstimator, adaptive_kl_coefficient, kl_estimate
 from rto_lightning.algorithms.masks import (
     last_token_index,
@@ -59,6 +60,7 @@ __all__ = [
     "clustered_mean_interval",
     "compose_rewards",
     "dpo_loss",
+    "engine_mismatch",
     "estimate_advantages",
     "explained_variance",
     "generalized_advantages",
@@ -77,6 +79,7 @@ __all__ = [
     "tdpo1_loss",
     "tdpo2_loss",
     "token_rewards",
+    "truncated_importance_weights",
     "value_loss",
     "whiten",
     "zero_outside",

@@ -10,9 +10,11 @@ import torch
 from rto_lightning.backbone.chat import ChatTokenizer
 from rto_lightning.backbone.sequences import Sequences
 from rto_lightning.data.batches import DemonstrationBatch
-from rto_lightning.data.formats import BadRows, Demonstration, read_demonstrations
-from rto_lightning.data.module import AnswerDataModule
+from rto_lightning.data.files import Row
+from rto_lightning.data.formats import Demonstration, demonstration_reader
+from rto_lightning.data.module import AnswerDataModule, encode_answers
 from rto_lightning.data.sources import Table
+from rto_lightning.data.tokenizing import Encoded
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,30 @@ class DemonstrationDataModule(AnswerDataModule):
     preference data set, whose chosen answers are taken.
     """
 
-    def read(self, table: Table, bad_rows: BadRows) -> list[tuple[int, Demonstration]]:
-        """The usable demonstrations of a table."""
-        return read_demonstrations(table, bad_rows)
+    row = DemonstrationRow
 
-    def tokenize(
-        self, chat: ChatTokenizer, examples: Sequence[tuple[int, Demonstration]], prompts: Sequence[array]
-    ) -> list[DemonstrationRow]:
+    def reader(self, table: Table) -> Callable[[Row], Demonstration]:
+        """Reads a demonstration."""
+        return demonstration_reader(table)
+
+    def encoder(self) -> Callable[[ChatTokenizer, Sequence[Encoded[Demonstration]]], list[DemonstrationRow]]:
         """Demonstrations to rows."""
-        responses = self.encode_answers(chat, [example.response for _, example in examples])
-        return [
-            DemonstrationRow(index, prompt, response)
-            for (index, _), prompt, response in zip(examples, prompts, responses, strict=True)
-        ]
+        return partial(encode_demonstrations, max_response_tokens=self.max_response_tokens)
 
     def collate(self, chat: ChatTokenizer) -> Callable[[list[DemonstrationRow]], DemonstrationBatch]:
         """Rows to a `DemonstrationBatch`."""
         return partial(collate_demonstrations, pad_id=chat.pad_id)
+
+
+def encode_demonstrations(
+    chat: ChatTokenizer, demonstrations: Sequence[Encoded[Demonstration]], max_response_tokens: int
+) -> list[DemonstrationRow]:
+    """Demonstrations to rows, the answers cut at the limit."""
+    responses = encode_answers(chat, [row.example.response for row in demonstrations], max_response_tokens)
+    return [
+        DemonstrationRow(row.index, row.prompt, response)
+        for row, response in zip(demonstrations, responses, strict=True)
+    ]
 
 
 def collate_demonstrations(rows: Sequence[DemonstrationRow], pad_id: int) -> DemonstrationBatch:

@@ -15,7 +15,7 @@ turns.
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -23,7 +23,8 @@ from typing import Any, Literal, TypeVar
 from lightning.pytorch.utilities import rank_zero_only
 
 from rto_lightning.backbone.chat import Message
-from rto_lightning.data.sources import Row, Table
+from rto_lightning.data.files import Row
+from rto_lightning.data.sources import Table
 from rto_lightning.errors import UserError
 
 BadRowsSetting = Literal["error", "skip"]
@@ -64,10 +65,10 @@ class BadRow(ValueError):
 
 
 class BadRows:
-    """Raises at the first unusable row of a source, or counts them, as the setting `data.bad_rows` says."""
+    """Raises at the first unusable row of a table, or counts them, as the setting `data.bad_rows` says."""
 
-    def __init__(self, name: str, setting: BadRowsSetting) -> None:
-        self.name = name
+    def __init__(self, table: Table, setting: BadRowsSetting) -> None:
+        self.table = table
         self.setting = setting
         self.count = 0
 
@@ -78,13 +79,8 @@ class BadRows:
             UserError: If bad rows are errors.
         """
         if self.setting == "error":
-            raise UserError(f"Row {index + 1} of {self.name}: {reason}; correct it, or set data.bad_rows to `skip`.")
+            raise UserError(f"{self.table.place(index)}: {reason}; correct it, or set data.bad_rows to `skip`.")
         self.count += 1
-
-    def log(self) -> None:
-        """Says how many rows were skipped, if any."""
-        if self.count:
-            warn(f"{self.name}: skipped {self.count} bad rows.")
 
 
 @rank_zero_only
@@ -93,47 +89,66 @@ def warn(message: str) -> None:
     _log.warning(message)
 
 
-def read_preferences(table: Table, bad_rows: BadRows) -> list[tuple[int, Preference]]:
-    """The usable rows of a preference data set, each with its index in the table.
+def preference_reader(table: Table) -> Callable[[Row], Preference]:
+    """What reads a row of a preference data set; picklable.
 
     Raises:
-        UserError: If the columns are none of a preference data set, or a row is bad and bad rows are errors.
+        UserError: If the columns are none of such a data set.
     """
     if not _has(table, "chosen", "rejected"):
         raise _missing(table, "`chosen` and `rejected`, with `prompt` or with the prompt inside them")
-    return _read_rows(table, _preference, bad_rows)
+    return _preference
 
 
-def read_prompts(table: Table, bad_rows: BadRows) -> list[tuple[int, Prompt]]:
-    """The prompts of the usable rows, each with its index in the table.
+def prompt_reader(table: Table) -> Callable[[Row], Prompt]:
+    """What reads the prompt of a row; picklable.
 
     Raises:
-        UserError: If there is no column with prompts, or a row is bad and bad rows are errors.
+        UserError: If there is no column with prompts.
     """
-    read: Callable[[Row], Prompt]
     if _has(table, "context_messages"):
-        read = _prompt_from_context
-    elif _has(table, "chosen"):
-        read = _prompt_of_preference
-    elif _has(table, "prompt"):
-        read = _prompt
-    elif _has(table, "messages"):
-        read = _prompt_of_messages
-    else:
-        raise _missing(table, "one of `prompt`, `messages`, `context_messages` and `chosen`")
-    return _read_rows(table, read, bad_rows)
+        return _prompt_from_context
+    if _has(table, "chosen"):
+        return _prompt_of_preference
+    if _has(table, "prompt"):
+        return _prompt
+    if _has(table, "messages"):
+        return _prompt_of_messages
+    raise _missing(table, "one of `prompt`, `messages`, `context_messages` and `chosen`")
 
 
-def read_demonstrations(table: Table, bad_rows: BadRows) -> list[tuple[int, Demonstration]]:
-    """The usable rows of a data set of demonstrations, each with its index in the table.
+def demonstration_reader(table: Table) -> Callable[[Row], Demonstration]:
+    """What reads a row of a data set of demonstrations; picklable.
 
     Raises:
-        UserError: If the columns are none of such a data set, or a row is bad and bad rows are errors.
+        UserError: If the columns are none of such a data set.
     """
     for columns in (("prompt", "response"), ("prompt", "completion"), ("messages",), ("chosen",)):
         if _has(table, *columns):
-            return _read_rows(table, partial(_demonstration, column=columns[-1]), bad_rows)
+            return partial(_demonstration, column=columns[-1])
     raise _missing(table, "`prompt` with `response` or `completion`, or `messages`, or `chosen`")
+
+
+def read_rows(
+    read: Callable[[Row], Example], rows: Iterable[tuple[int, Row]], bad_rows: BadRows
+) -> list[tuple[int, Example]]:
+    """The usable ones of some rows, each with its index in the table.
+
+    Args:
+        read: What one of the functions above returned.
+        rows: Rows with their index.
+        bad_rows: Is told of the others.
+
+    Raises:
+        UserError: If a row is bad and bad rows are errors.
+    """
+    examples = []
+    for index, row in rows:
+        try:
+            examples.append((index, read(row)))
+        except BadRow as reason:
+            bad_rows.add(index, str(reason))
+    return examples
 
 
 def _has(table: Table, *columns: str) -> bool:
@@ -143,16 +158,6 @@ def _has(table: Table, *columns: str) -> bool:
 def _missing(table: Table, expected: str) -> UserError:
     found = ", ".join(f"`{column}`" for column in table.columns)
     return UserError(f"{table.name} has the columns {found}, but needs {expected}; rename or add columns.")
-
-
-def _read_rows(table: Table, read: Callable[[Row], Example], bad_rows: BadRows) -> list[tuple[int, Example]]:
-    examples = []
-    for index, row in enumerate(table.rows):
-        try:
-            examples.append((index, read(row)))
-        except BadRow as reason:
-            bad_rows.add(index, str(reason))
-    return examples
 
 
 # One row.

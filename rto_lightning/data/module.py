@@ -1,19 +1,23 @@
-"""What the three data modules share: sources, tokenizing, loaders, and the order of the training data."""
+"""What the three data modules share: sources, loaders, and what they hold of the rows."""
 
 import warnings
 from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
 from rto_lightning.backbone.chat import ChatTokenizer
-from rto_lightning.data.formats import BadRows, BadRowsSetting, Prompt, warn
+from rto_lightning.data.files import Row
+from rto_lightning.data.formats import BadRowsSetting
+from rto_lightning.data.order import GlobalBatchSampler, ResumableLoader, check_divisible
+from rto_lightning.data.rows import TokenizedRows
 from rto_lightning.data.sources import Table, load_table
+from rto_lightning.data.store import tokenized_rows
+from rto_lightning.data.streaming import StreamedBatches, StreamingLoader
+from rto_lightning.data.tokenizing import Encoded, RowTokenizer, compact, no_answers
 from rto_lightning.errors import UserError
 from rto_lightning.seeding import run_seed
 
@@ -23,15 +27,15 @@ _SOURCES_OF_STAGE = {
     "test": ("test",),
     "predict": ("predict",),
 }
-_CHUNK = 1000
-"""Rows that are tokenized at once: enough to keep the tokenizer's threads busy, few enough for memory."""
 
 
 class ChatDataModule(LightningDataModule):
     """Conversations from up to four sources, tokenized when a stage begins.
 
-    A source is `NAME_OR_PATH[:SPLIT]`: a .jsonl, .json, .csv or .parquet file, a folder that
-    `datasets.save_to_disk` wrote, or a data set of the Hugging Face hub.
+    A source is `NAME_OR_PATH[:SPLIT]`: a .jsonl, .json, .csv or .parquet file; several of them as a pattern such as
+    `shards/*.jsonl` or as their folder; a folder that `datasets.save_to_disk` wrote; or a data set of the Hugging
+    Face hub. Tokenized rows of more than 64 MiB are kept in a file in the cache folder of `datasets`
+    (HF_DATASETS_CACHE) and used again by later runs.
 
     Args:
         train: Source to train on.
@@ -39,16 +43,21 @@ class ChatDataModule(LightningDataModule):
         test: Source for `test`.
         predict: Source for `predict`.
         max_prompt_tokens: Longer prompts are dropped, and their number is logged.
-        batch_size: Rows of a training batch, on each device.
-        eval_batch_size: Rows of every other batch; None for `batch_size`.
+        batch_size: Rows of a training batch, over all devices: each takes an equal share of it.
+        eval_batch_size: Rows of every other batch, on each device; None for `batch_size`.
         max_train_rows: Only the first this many rows of `train`; None for all.
         max_eval_rows: Only the first this many rows of each other source; None for all.
         bad_rows: `error` stops at the first row that is empty or malformed, `skip` leaves such rows out and
             logs their number.
         num_workers: Processes that put batches together; 0 does it in the main one.
         seed: The order of the training rows follows from it and the epoch; null takes `seed_everything`.
+        tokenize_workers: Processes that tokenize; null for one up to 20,000 rows and then one a processor.
+        streaming: Read the rows of `train` while training, instead of tokenizing all before; needs trainer.max_steps.
+        shuffle_buffer_rows: Raw rows of a stream among which the next one is drawn; 1 leaves them in their order.
     """
 
+    row: ClassVar[type[Any]]
+    """The dataclass of the tokenized rows."""
     chat: ChatTokenizer | None = None
     """Tokenizes. None for the one of the trainer's LightningModule; set it to work without a trainer."""
 
@@ -66,6 +75,9 @@ class ChatDataModule(LightningDataModule):
         bad_rows: BadRowsSetting = "error",
         num_workers: int = 0,
         seed: int | None = None,
+        tokenize_workers: int | None = None,
+        streaming: bool = False,
+        shuffle_buffer_rows: int = 10_000,
     ) -> None:
         super().__init__()
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
@@ -77,10 +89,27 @@ class ChatDataModule(LightningDataModule):
         self.bad_rows = bad_rows
         self.num_workers = num_workers
         self.seed = run_seed(seed)
-        self.rows: dict[str, list[Any]] = {}
-        """The tokenized rows of each source that a stage has needed so far."""
-        for name in ("max_prompt_tokens", "batch_size", "eval_batch_size", "max_train_rows", "max_eval_rows"):
+        self.tokenize_workers = tokenize_workers
+        self.streaming = streaming
+        self.shuffle_buffer_rows = shuffle_buffer_rows
+        self.rows: dict[str, TokenizedRows[Any]] = {}
+        """The tokenized rows of each source that a stage has needed so far, but for a stream."""
+        self._prepared: dict[str, TokenizedRows[Any]] = {}
+        self._stream: RowTokenizer[Any, Any] | None = None
+        positive = ("max_prompt_tokens", "batch_size", "eval_batch_size", "max_train_rows", "max_eval_rows")
+        for name in (*positive, "tokenize_workers", "shuffle_buffer_rows"):
             _check_positive(name, getattr(self, name))
+
+    def prepare_data(self) -> None:
+        """Tokenizes what a stage needs, in one process of each machine while the others wait.
+
+        They then find large sets in the cache, and tokenize small ones for themselves.
+        """
+        if self.trainer is None or self.trainer.state.fn is None:
+            return
+        stage = self.trainer.state.fn.value
+        self._check(stage)
+        self._prepared = {name: self._load(name) for name in self._held(stage)}
 
     def setup(self, stage: str) -> None:
         """Loads and tokenizes what a stage needs.
@@ -89,30 +118,41 @@ class ChatDataModule(LightningDataModule):
             stage: `fit` (train and validation), `validate`, `test` or `predict`.
 
         Raises:
-            UserError: If a source is not given, cannot be used, or leaves no row.
+            UserError: If a source is not given, cannot be used, or leaves no row; if the devices cannot share a
+                training batch equally; or if rows are to be streamed and the trainer's length depends on their number.
         """
-        for name in _SOURCES_OF_STAGE[stage]:
-            source = self.sources[name]
-            if source is not None:
-                self.rows[name] = self._load(source, self.max_train_rows if name == "train" else self.max_eval_rows)
-            elif (stage, name) != ("fit", "validation"):
-                raise UserError(
-                    f"data.{name} is not set; give it a file, a folder or the name of a data set "
-                    "(NAME_OR_PATH[:SPLIT])."
-                )
-        if stage == "fit" and len(self.rows["train"]) // self._replicas()["num_replicas"] < self.batch_size:
+        self._check(stage)
+        for name in self._held(stage):
+            self.rows[name] = self._prepared.pop(name) if name in self._prepared else self._load(name)
+        if stage == "fit" and self.streaming:
+            self._stream = self._tokenizer("train", streaming=True)
+        elif stage == "fit" and len(self.rows["train"]) < self.batch_size:
             raise UserError(
                 f"data.batch_size {self.batch_size} is larger than the data: {self.sources['train']} gives "
-                f"{len(self.rows['train'])} rows to {self._replicas()['num_replicas']} device(s); lower it."
+                f"{len(self.rows['train'])} rows; lower it."
             )
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Full batches of the training rows, shuffled anew in each epoch."""
+        """This process's shares of full batches of the training rows, shuffled anew in each epoch."""
+        return self._train_loader(self.trainer)
+
+    def first_epoch(self) -> DataLoader[Any]:
+        """The batches of the first epoch from its start, wherever the trainer is."""
+        return self._train_loader(None)
+
+    def _train_loader(self, trainer: Trainer | None) -> DataLoader[Any]:
+        shares = self._replicas()
+        if self._stream is not None:
+            collate, buffer_rows = self.collate(self._find_chat()), self.shuffle_buffer_rows
+            stream = StreamedBatches(
+                self._stream, collate, self.batch_size, **shares, seed=self.seed, buffer_rows=buffer_rows
+            )
+            return StreamingLoader(stream, self.num_workers, trainer)
         rows = self.rows["train"]
-        sampler = ResumableSampler(rows, **self._replicas(), seed=self.seed)
-        if self.trainer is not None:
-            sampler.resume(self.trainer, self.batch_size)
-        return self._loader(rows, self.batch_size, ResumableLoader, sampler=sampler, drop_last=True)
+        sampler = GlobalBatchSampler(rows, self.batch_size, **shares, seed=self.seed)
+        if trainer is not None:
+            sampler.follow(trainer)
+        return self._loader(rows, sampler.share, ResumableLoader, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation rows in order; an empty list if there is no such source."""
@@ -133,51 +173,73 @@ class ChatDataModule(LightningDataModule):
     # What a kind of data defines.
 
     @abstractmethod
-    def read(self, table: Table, bad_rows: BadRows) -> Sequence[tuple[int, Prompt]]:
-        """The usable rows of a table as examples, each with its index."""
+    def reader(self, table: Table) -> Callable[[Row], Any]:
+        """A function of `formats.py` that reads the rows of a table as examples."""
 
     @abstractmethod
-    def tokenize(
-        self, chat: ChatTokenizer, examples: Sequence[tuple[int, Any]], prompts: Sequence[array]
-    ) -> Sequence[Any]:
-        """Examples to rows that `collate` can batch.
-
-        Args:
-            chat: The tokenizer.
-            examples: (index, example) pairs.
-            prompts: Ids of the examples' prompts.
-        """
+    def encoder(self) -> Callable[[ChatTokenizer, Sequence[Encoded[Any]]], list[Any]]:
+        """A function that makes rows of examples whose prompts are tokenized; picklable, for other processes."""
 
     @abstractmethod
     def collate(self, chat: ChatTokenizer) -> Callable[[list[Any]], Any]:
-        """A function that puts rows into a batch; it must be picklable for the workers."""
+        """A function that puts rows into a batch; picklable, for other processes."""
+
+    def row_settings(self) -> dict[str, Any]:
+        """What the rows follow from besides the settings of every data module."""
+        return {}
+
+    def answers(self) -> Callable[[Any], Sequence[str]]:
+        """A function that gives the texts of an example to look for repetitions in; picklable."""
+        return no_answers
 
     # The work.
 
-    def _load(self, source: str, max_rows: int | None) -> list[Any]:
-        chat = self._find_chat()
-        bad_rows = BadRows(source, self.bad_rows)
-        examples = self.read(load_table(source, max_rows), bad_rows)
-        rows: list[Any] = []
-        too_long = 0
-        for start in range(0, len(examples), _CHUNK):
-            kept = []
-            for index, example, prompt in _encode_prompts(chat, examples[start : start + _CHUNK], bad_rows):
-                if len(prompt) > self.max_prompt_tokens:
-                    too_long += 1
-                else:
-                    kept.append((index, example, prompt))
-            rows += self.tokenize(chat, [(i, example) for i, example, _ in kept], [p for _, _, p in kept])
-        bad_rows.log()
-        if too_long:
-            warn(f"{source}: dropped {too_long} prompts of more than {self.max_prompt_tokens} tokens.")
-        if not rows:
-            raise UserError(
-                f"{source} has no usable row: {bad_rows.count} are bad and {too_long} have a prompt of "
-                f"more than data.max_prompt_tokens = {self.max_prompt_tokens} tokens; correct them or raise "
-                "the limit."
-            )
-        return rows
+    def _check(self, stage: str) -> None:
+        for name in _SOURCES_OF_STAGE[stage]:
+            if self.sources[name] is None and (stage, name) != ("fit", "validation"):
+                raise UserError(
+                    f"data.{name} is not set; give it a file, a folder or the name of a data set "
+                    "(NAME_OR_PATH[:SPLIT])."
+                )
+        if stage == "fit":
+            check_divisible(self.batch_size, self._replicas()["num_replicas"])
+            if self.streaming and self.trainer is not None and self.trainer.max_steps == -1:
+                raise UserError(
+                    "data.streaming does not go with a trainer without an end because the number of rows is unknown; "
+                    "set trainer.max_steps."
+                )
+            if self.streaming and self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+                raise UserError(
+                    "data.streaming does not go with trainer.overfit_batches because rows are read once; set "
+                    "data.max_train_rows instead."
+                )
+
+    def _held(self, stage: str) -> list[str]:
+        """The names of the sources of a stage whose rows are all tokenized at its start."""
+        streamed = "train" if self.streaming else None
+        return [name for name in _SOURCES_OF_STAGE[stage] if self.sources[name] is not None and name != streamed]
+
+    def _load(self, name: str) -> TokenizedRows[Any]:
+        settings = {"max_rows": self._max_rows(name), **self.row_settings()}
+        return tokenized_rows(self._tokenizer(name), self.tokenize_workers, **settings)
+
+    def _tokenizer(self, name: str, streaming: bool = False) -> RowTokenizer[Any, Any]:
+        source = self.sources[name]
+        assert source is not None
+        table = load_table(source, self._max_rows(name), streaming)
+        return RowTokenizer(
+            table,
+            self.reader(table),
+            self.encoder(),
+            self.answers(),
+            self.row,
+            self._find_chat(),
+            self.max_prompt_tokens,
+            self.bad_rows,
+        )
+
+    def _max_rows(self, name: str) -> int | None:
+        return self.max_train_rows if name == "train" else self.max_eval_rows
 
     def _find_chat(self) -> ChatTokenizer:
         if self.chat is not None:
@@ -194,7 +256,7 @@ class ChatDataModule(LightningDataModule):
         return getattr(strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
 
     def _loader(
-        self, rows: list[Any], batch_size: int, kind: type[DataLoader[Any]] = DataLoader, **settings: Any
+        self, rows: TokenizedRows[Any], batch_size: int, kind: type[DataLoader[Any]] = DataLoader, **settings: Any
     ) -> DataLoader[Any]:
         collate = self.collate(self._find_chat())
         workers = self.num_workers
@@ -214,71 +276,14 @@ class AnswerDataModule(ChatDataModule):
         self.max_response_tokens = max_response_tokens
         _check_positive("max_response_tokens", max_response_tokens)
 
-    def encode_answers(self, chat: ChatTokenizer, texts: Sequence[str]) -> list[array]:
-        """Ids of answers, cut at the limit."""
-        return [compact(ids) for ids in chat.encode_responses(texts, self.max_response_tokens)]
+    def row_settings(self) -> dict[str, Any]:
+        """The limit of the answers."""
+        return {"max_response_tokens": self.max_response_tokens}
 
 
-class ResumableSampler(DistributedSampler[Any]):
-    """Shuffles by (seed, epoch), shares the rows among processes, and can begin within an epoch.
-
-    Lightning calls `set_epoch` before each epoch, and does not replace a DistributedSampler by its own.
-    """
-
-    def __init__(self, rows: Sequence[Any], num_replicas: int, rank: int, seed: int) -> None:
-        super().__init__(rows, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
-        self.skip = 0
-        """Rows that the next pass leaves out at its start."""
-
-    def __iter__(self) -> Iterator[int]:
-        skip, self.skip = self.skip, 0
-        yield from list(super().__iter__())[skip:]
-
-    def resume(self, trainer: Trainer, batch_size: int) -> None:
-        """Moves to where a restored trainer stopped; does nothing on a fresh one.
-
-        Lightning restores how many batches were processed, not the loader's position.
-        """
-        epochs = trainer.fit_loop.epoch_progress.current
-        batches = trainer.fit_loop.epoch_loop.batch_progress
-        assert isinstance(epochs, _ProcessedTracker) and isinstance(batches.current, _ProcessedTracker)
-        if not trainer.fit_loop.epoch_loop.restarting:
-            return
-        if batches.is_last_batch:  # saved at the end of an epoch, perhaps before that was counted
-            self.set_epoch(max(epochs.processed, epochs.started))
-        else:
-            self.set_epoch(epochs.processed)
-            self.skip = batches.current.processed * batch_size
-
-
-class ResumableLoader(DataLoader[Any]):
-    """Tells Lightning that a run can resume within an epoch: the sampler's position follows the trainer's."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: see `ResumableSampler.resume`."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-
-def compact(ids: Sequence[int]) -> array:
-    """Ids in four bytes each; a list of ints takes nine times as many."""
-    return array("i", ids)
-
-
-def _encode_prompts(
-    chat: ChatTokenizer, examples: Sequence[tuple[int, Prompt]], bad_rows: BadRows
-) -> list[tuple[int, Any, array]]:
-    """Examples with the ids of their prompts, without those that the chat template refuses."""
-    try:
-        prompts = chat.encode_prompts([example.prompt for _, example in examples])
-    except UserError as error:
-        if len(examples) == 1:
-            bad_rows.add(examples[0][0], f"the chat template refuses its prompt ({error.__cause__})")
-            return []
-        return [row for example in examples for row in _encode_prompts(chat, [example], bad_rows)]
-    return [(index, example, compact(ids)) for (index, example), ids in zip(examples, prompts, strict=True)]
+def encode_answers(chat: ChatTokenizer, texts: Sequence[str], max_response_tokens: int) -> list[array]:
+    """Ids of N answers, cut at the limit."""
+    return [compact(ids) for ids in chat.encode_responses(texts, max_response_tokens)]
 
 
 def _check_positive(name: str, value: int | None) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +11,11 @@ import torch
 from rto_lightning.backbone.chat import ChatTokenizer
 from rto_lightning.backbone.sequences import Sequences
 from rto_lightning.data.batches import PreferenceBatch
-from rto_lightning.data.formats import BadRows, Preference, read_preferences, warn
-from rto_lightning.data.module import AnswerDataModule
+from rto_lightning.data.files import Row
+from rto_lightning.data.formats import Preference, preference_reader
+from rto_lightning.data.module import AnswerDataModule, encode_answers
 from rto_lightning.data.sources import Table
+from rto_lightning.data.tokenizing import Encoded
 
 
 @dataclass(frozen=True)
@@ -38,37 +39,47 @@ class PreferenceDataModule(AnswerDataModule):
     `rejected` with the prompt inside, as messages or as transcripts like Anthropic's HH.
     """
 
-    def read(self, table: Table, bad_rows: BadRows) -> list[tuple[int, Preference]]:
-        """The usable pairs of a table."""
-        pairs = read_preferences(table, bad_rows)
-        _warn_of_a_constant_answer(pairs, table)
-        return pairs
+    row = PreferenceRow
 
-    def tokenize(
-        self, chat: ChatTokenizer, examples: Sequence[tuple[int, Preference]], prompts: Sequence[array]
-    ) -> list[PreferenceRow]:
+    def reader(self, table: Table) -> Callable[[Row], Preference]:
+        """Reads a pair."""
+        return preference_reader(table)
+
+    def encoder(self) -> Callable[[ChatTokenizer, Sequence[Encoded[Preference]]], list[PreferenceRow]]:
         """Pairs to rows."""
-        chosen = self.encode_answers(chat, [pair.chosen for _, pair in examples])
-        rejected = self.encode_answers(chat, [pair.rejected for _, pair in examples])
-        return [
-            PreferenceRow(index, prompt, c, r, (len(pair.chosen), len(pair.rejected)), _cluster(prompt))
-            for (index, pair), prompt, c, r in zip(examples, prompts, chosen, rejected, strict=True)
-        ]
+        return partial(encode_preferences, max_response_tokens=self.max_response_tokens)
 
     def collate(self, chat: ChatTokenizer) -> Callable[[list[PreferenceRow]], PreferenceBatch]:
         """Rows to a `PreferenceBatch`."""
         return partial(collate_preferences, pad_id=chat.pad_id)
 
+    def answers(self) -> Callable[[Preference], Sequence[str]]:
+        """Both answers of a pair: one that stands in many pairs is pointed out."""
+        return both_answers
 
-def _warn_of_a_constant_answer(pairs: Sequence[tuple[int, Preference]], table: Table) -> None:
-    """One text that answers many prompts is seldom wanted: an attack on the judge, a refusal, a placeholder.
 
-    The public AlpacaEval annotations hold such an attack, which wins most of its comparisons.
-    """
-    counts = Counter(answer for _, pair in pairs for answer in (pair.chosen, pair.rejected))
-    for answer, count in counts.most_common(1):
-        if count >= 20 and count > 0.05 * len(pairs):
-            warn(f"{table.name}: one and the same answer stands in {count} of {len(pairs)} pairs ({answer[:40]!r}...).")
+def both_answers(pair: Preference) -> tuple[str, str]:
+    """The chosen and the rejected one."""
+    return pair.chosen, pair.rejected
+
+
+def encode_preferences(
+    chat: ChatTokenizer, pairs: Sequence[Encoded[Preference]], max_response_tokens: int
+) -> list[PreferenceRow]:
+    """Pairs to rows, the answers cut at the limit."""
+    chosen = encode_answers(chat, [row.example.chosen for row in pairs], max_response_tokens)
+    rejected = encode_answers(chat, [row.example.rejected for row in pairs], max_response_tokens)
+    return [
+        PreferenceRow(
+            index=row.index,
+            prompt=row.prompt,
+            chosen=of_chosen,
+            rejected=of_rejected,
+            characters=(len(row.example.chosen), len(row.example.rejected)),
+            cluster=_cluster(row.prompt),
+        )
+        for row, of_chosen, of_rejected in zip(pairs, chosen, rejected, strict=True)
+    ]
 
 
 def _cluster(prompt: array) -> int:

@@ -10,9 +10,11 @@ import torch
 from rto_lightning.backbone.chat import ChatTokenizer, Message
 from rto_lightning.backbone.sequences import pad_left
 from rto_lightning.data.batches import PromptBatch
-from rto_lightning.data.formats import BadRows, Prompt, read_prompts
+from rto_lightning.data.files import Row
+from rto_lightning.data.formats import Prompt, prompt_reader
 from rto_lightning.data.module import ChatDataModule
 from rto_lightning.data.sources import Table
+from rto_lightning.data.tokenizing import Encoded
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,24 @@ class PromptDataModule(ChatDataModule):
     left out); or a preference data set, whose answers are left out.
     """
 
-    def read(self, table: Table, bad_rows: BadRows) -> list[tuple[int, Prompt]]:
-        """The usable prompts of a table."""
-        return read_prompts(table, bad_rows)
+    row = PromptRow
 
-    def tokenize(
-        self, chat: ChatTokenizer, examples: Sequence[tuple[int, Prompt]], prompts: Sequence[array]
-    ) -> list[PromptRow]:
+    def reader(self, table: Table) -> Callable[[Row], Prompt]:
+        """Reads a prompt."""
+        return prompt_reader(table)
+
+    def encoder(self) -> Callable[[ChatTokenizer, Sequence[Encoded[Prompt]]], list[PromptRow]]:
         """Prompts to rows."""
-        return [PromptRow(index, ids, example.prompt) for (index, example), ids in zip(examples, prompts, strict=True)]
+        return encode_prompts
 
     def collate(self, chat: ChatTokenizer) -> Callable[[list[PromptRow]], PromptBatch]:
         """Rows to a `PromptBatch`."""
         return partial(collate_prompts, pad_id=chat.pad_id)
+
+
+def encode_prompts(chat: ChatTokenizer, prompts: Sequence[Encoded[Prompt]]) -> list[PromptRow]:
+    """Prompts to rows; nothing is left to tokenize."""
+    return [PromptRow(row.index, row.prompt, row.example.prompt) for row in prompts]
 
 
 def collate_prompts(rows: Sequence[PromptRow], pad_id: int) -> PromptBatch:

@@ -1,27 +1,35 @@
-"""Rows from a file, a folder or the hub, named by one string: `NAME_OR_PATH[:SPLIT]`.
+"""Rows from files, a folder or the hub, named by one string: `NAME_OR_PATH[:SPLIT]`.
 
     data/pairs.jsonl                                      also .json, .csv, .parquet
+    data/shards/*.jsonl                                   files that match, in the order of their names
+    data/shards                                           a folder with files of one of these kinds
     data/pairs                                            a folder written by `datasets.save_to_disk`
     HuggingFaceH4/ultrafeedback_binarized:train_prefs     a data set of the Hugging Face hub
+
+Rows are read one after another and never held all at once; only a .json file is, which is one list.
 
 Nothing is known here about what the columns mean; `formats.py` finds that out. Code that comes with a data
 set is never run.
 """
 
-import csv
-import json
-from collections.abc import Callable, Iterator
+import glob
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet  # type: ignore[import-untyped]
 
+from rto_lightning.data.files import READERS, Row, read_file
 from rto_lightning.errors import UserError
 
-Row = dict[str, Any]
+_ROWS_FOR_COLUMNS = 1000
+"""Rows whose keys are the columns of a table: to take those of all, everything would have to be read twice."""
+_ROWS_OF_STREAM = 100
+"""Rows of a data set of the hub that are read at once, while it is downloaded."""
 
 
 @dataclass(frozen=True)
@@ -31,128 +39,133 @@ class Table:
     name: str
     """The source as the user wrote it, for errors."""
     columns: list[str]
-    """Every key that occurs, in the order of first appearance."""
-    rows: list[Row]
-    """At least one. A row need not have every column."""
+    """Every key that occurs in the first rows, in the order of first appearance."""
+    rows: Iterable[Row]
+    """At least one, read anew each time they are iterated over. A row need not have every column."""
+    files: tuple[Path, ...] = ()
+    """Those that the rows are in, one after another; none for a data set."""
+    fingerprint: str = ""
+    """Changes whenever the rows may have changed; empty where that cannot be known."""
+
+    def place(self, index: int) -> str:
+        """Where row `index` (from 0) is, as a user would look it up: `Row 5 of data/shards/2.jsonl`."""
+        if len(self.files) > 1:
+            before = 0
+            for path in self.files:
+                count = sum(1 for _ in read_file(path))
+                if index < before + count:
+                    return f"Row {index - before + 1} of {path}"
+                before += count
+        return f"Row {index + 1} of {self.name}"
 
 
-def load_table(source: str, max_rows: int | None = None) -> Table:
-    """Loads a source.
+@dataclass(frozen=True)
+class _Origin:
+    """What a source leads to."""
+
+    read: Callable[[], Iterator[Row]]
+    files: tuple[Path, ...] = ()
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class _FirstRows(Iterable[Row]):
+    """The first rows of an origin, for any number of passes; picklable, for the processes of a loader."""
+
+    read: Callable[[], Iterator[Row]]
+    count: int | None
+
+    def __iter__(self) -> Iterator[Row]:
+        return islice(self.read(), self.count)
+
+
+def load_table(source: str, max_rows: int | None = None, streaming: bool = False) -> Table:
+    """Opens a source and reads the first of its rows.
 
     Args:
-        source: A file, a folder or the name of a data set, with `:SPLIT` behind the latter two where needed.
+        source: Files, a folder or the name of a data set, with `:SPLIT` behind the latter two where needed.
         max_rows: Only the first this many rows; None for all.
+        streaming: Read a data set of the hub while it is downloaded, instead of downloading it first.
 
     Raises:
         UserError: If the source does not exist, cannot be read, or has no rows.
     """
-    path, split = _find_path(source)
-    if path is None:
-        rows = _read_hub(source.partition(":")[0], split, max_rows)
-    elif path.is_dir():
-        rows = _read_folder(path, split, max_rows)
+    paths, split = _find_paths(source)
+    if not paths:
+        origin = _open_hub(source.partition(":")[0], split, streaming)
+    elif paths[0].is_dir():
+        origin = _open_folder(paths[0], split)
     elif split is not None:
-        raise UserError(f"{path} is a file and has no splits; leave out `:{split}`.")
+        raise UserError(f"{paths[0]} is a file and has no splits; leave out `:{split}`.")
     else:
-        rows = _read_file(path, max_rows)
-    if not rows:
+        origin = _open_files(paths)
+    rows = _FirstRows(origin.read, max_rows)
+    first = list(islice(rows, _ROWS_FOR_COLUMNS))
+    if not first:
         raise UserError(f"{source} has no rows; give a source with at least one.")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return Table(source, columns, rows)
+    columns = list(dict.fromkeys(key for row in first for key in row))
+    return Table(source, columns, rows, origin.files, origin.fingerprint)
 
 
-def _find_path(source: str) -> tuple[Path | None, str | None]:
-    """The local path that a source names, or None if it names a data set of the hub; and the split."""
+def _find_paths(source: str) -> tuple[list[Path], str | None]:
+    """The local paths that a source names, or none if it names a data set of the hub; and the split."""
     whole = Path(source).expanduser()
     if source and whole.exists():
-        return whole, None
+        return [whole], None
+    if glob.has_magic(source):
+        matching = sorted(Path(path) for path in glob.glob(str(whole), recursive=True))
+        if matching:
+            return matching, None
     name, _, split = source.partition(":")
     path = Path(name).expanduser()
     if name and path.exists():
-        return path, split or None
-    if name.startswith(("/", ".", "~")) or path.suffix in _READERS or name.count("/") > 1 or not name:
+        return [path], split or None
+    if name.startswith(("/", ".", "~")) or path.suffix in READERS or name.count("/") > 1 or not name:
         raise UserError(
             f"There is no file or folder {name or source!r}; correct the path (a relative one starts at {Path.cwd()})."
         )
-    return None, split or None
+    return [], split or None
 
 
-def _read_file(path: Path, max_rows: int | None) -> list[Row]:
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        known = ", ".join(_READERS)
-        raise UserError(f"{path} has the unknown extension {path.suffix!r}; give a file with one of {known}.")
-    try:
-        return list(islice(reader(path), max_rows))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); convert it.") from error
-    except (OSError, csv.Error, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read ({error}); check the file.") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"Row {number} of {path} is not JSON ({error}); write one JSON object a line."
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(f"Row {number} of {path} is not a JSON object; write one JSON object a line.")
-            yield row
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+def _open_files(paths: list[Path]) -> _Origin:
+    extensions = sorted({path.suffix for path in paths})
+    if len(extensions) > 1:
         raise UserError(
-            f"{path} is not JSON ({error}); name it .jsonl if it has one object a line, else correct it."
-        ) from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is not a JSON list of objects; make it one.")
-    yield from rows
+            f"{paths[0].parent} has files with the extensions {', '.join(extensions)}; name those of one, such as "
+            f"`{paths[0].parent}/*{next(filter(READERS.get, extensions), '.jsonl')}`."
+        )
+    if extensions[0] not in READERS:
+        known = ", ".join(READERS)
+        raise UserError(f"{paths[0]} has the unknown extension {extensions[0]!r}; give a file with one of {known}.")
+    files = tuple(path.resolve() for path in paths)
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return _Origin(partial(_read_files, tuple(paths)), tuple(paths), _digest(states))
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
-            row.pop(None, None)  # cells beyond the header
-            yield row
+def _read_files(paths: tuple[Path, ...]) -> Iterator[Row]:
+    for path in paths:
+        yield from read_file(path)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _read_folder(path: Path, split: str | None, max_rows: int | None) -> list[Row]:
+def _open_folder(path: Path, split: str | None) -> _Origin:
     try:
         loaded = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
+        files = sorted(file for file in path.iterdir() if file.suffix in READERS)
+        if files and split is None:
+            return _open_files(files)
         raise UserError(
             f"{path} is a folder that datasets.save_to_disk did not write; name one of its files instead."
         ) from error
     if split is not None and isinstance(loaded, datasets.Dataset):
         raise UserError(f"{path} holds one data set without splits; leave out `:{split}`.")
-    return _rows_of_split(str(path), loaded, split, max_rows)
+    return _open_split(str(path), loaded, split)
 
 
-def _read_hub(name: str, split: str | None, max_rows: int | None) -> list[Row]:
+def _open_hub(name: str, split: str | None, streaming: bool) -> _Origin:
+    settings = {"streaming": True} if streaming else {}
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, split=split, **settings)
     except Exception as error:  # the library documents none; network, name, split and file errors all end here
         of_split = f"split {split!r} of " if split else ""
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -160,11 +173,11 @@ def _read_hub(name: str, split: str | None, max_rows: int | None) -> list[Row]:
             f"{name!r} is no file or folder here, and {of_split}the data set of that name cannot be loaded "
             f"from the Hugging Face hub ({reason}); correct the name."
         ) from error
-    return _rows_of_split(name, loaded, split, max_rows)
+    return _open_split(name, loaded, split)
 
 
-def _rows_of_split(name: str, loaded: Any, split: str | None, max_rows: int | None) -> list[Row]:
-    """The rows of a `datasets.Dataset`, or of one split of a `DatasetDict`."""
+def _open_split(name: str, loaded: Any, split: str | None) -> _Origin:
+    """The rows of a data set, or of one split of several."""
     if isinstance(loaded, dict):
         splits = list(loaded)
         if split is None and len(splits) != 1:
@@ -172,7 +185,22 @@ def _rows_of_split(name: str, loaded: Any, split: str | None, max_rows: int | No
         if split is not None and split not in splits:
             raise UserError(f"{name} has no split {split!r}; write one of {', '.join(splits)}.")
         loaded = loaded[split or splits[0]]
-    if max_rows is not None:
-        loaded = loaded.select(range(min(max_rows, len(loaded))))
-    rows: list[Row] = loaded.to_list()
-    return rows
+    if isinstance(loaded, datasets.IterableDataset):
+        return _Origin(partial(_read_stream, loaded))
+    return _Origin(partial(_read_data_set, loaded), fingerprint=loaded._fingerprint)
+
+
+def _read_data_set(data: datasets.Dataset) -> Iterator[Row]:
+    for table in data.with_format("arrow").iter(batch_size=_ROWS_FOR_COLUMNS):
+        yield from table.to_pylist()
+
+
+def _read_stream(data: datasets.IterableDataset) -> Iterator[Row]:
+    # Not by iter(data), which in a process of a DataLoader leaves out what it thinks is other processes' share.
+    for columns in data.iter(batch_size=_ROWS_OF_STREAM):
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
+def _digest(state: object) -> str:
+    return hashlib.sha256(repr(state).encode()).hexdigest()

@@ -88,7 +88,7 @@ class RewardModelModule(StageModule):
             self.backbone.to(self.device)
         engine = TransformersEngine(self.backbone, RolloutSettings(self.score_statistics.max_new_tokens))
         scores: list[Tensor] = []
-        for batch in self._datamodule.first_epoch():
+        for batch in self._first_epoch():
             scores.append(gather_rows(self._score_reference_answers(batch.to(self.device), engine)))
             if sum(map(len, scores)) >= wanted:
                 break

@@ -178,7 +178,7 @@ class RTOModule(StageModule):
     def on_fit_start(self) -> None:
         """Check the batch size; measure score statistics if neither a role nor a checkpoint brought them."""
         self.ppo.check(self._datamodule.batch_size * self.rollout_settings.responses_per_prompt, ranks())
-        self._measure_if_needed(self._datamodule.first_epoch, shared_out=True)
+        self._measure_if_needed(self._first_epoch, shared_out=True)
 
     def on_validation_start(self) -> None:
         """Measure score statistics on the validation prompts, if they are unknown."""

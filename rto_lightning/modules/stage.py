@@ -1,6 +1,6 @@
 """What the stages share: the backbone, the optimizer, what a checkpoint holds and the saved role."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,12 @@ class StageModule(LightningModule):
         if datamodule is None:
             raise UserError(f"{self.stage_name} needs a data module; pass one to the trainer as `datamodule`.")
         return datamodule
+
+    def _first_epoch(self) -> Iterable[Any]:
+        """Batches to measure something on, from the first one of a run on."""
+        data = self._datamodule
+        batches: Iterable[Any] = getattr(data, "first_epoch", data.train_dataloader)()
+        return batches
 
     def _device_of_trainer(self) -> torch.device | None:
         return self._trainer.strategy.root_device if self._trainer is not None else None

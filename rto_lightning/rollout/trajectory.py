@@ -28,10 +28,13 @@ class Trajectory:
     values: Tensor | None = None
     """Value before each response token, (B, T) float32 or float64, 0 outside the response: a value head on the hidden
     state that predicts the token, from the forward that sampled it; None if no head was given."""
+    engine_logprobs: Tensor | None = None
+    """As `logprobs`, but of an engine with weights and arithmetic of its own, (B, T) float32; None where the model that
+    is trained has sampled. They measure, and can weigh, the mismatch; nothing else reads them."""
 
     def rows(self, index: Tensor | slice) -> "Trajectory":
         """The samples that `index` selects, at the same widths."""
-        tables = (self.logprobs, self.entropies, self.values)
+        tables = (self.logprobs, self.entropies, self.values, self.engine_logprobs)
         picked = (None if table is None else table[index] for table in tables)
         return Trajectory(self.sequences.rows(index), self.truncated[index], self.role, *picked)
 
@@ -45,6 +48,7 @@ class Trajectory:
         logprobs: Tensor | None = None,
         entropies: Tensor | None = None,
         values: Tensor | None = None,
+        engine_logprobs: Tensor | None = None,
     ) -> "Trajectory":
         """Build it from what an engine sampled.
 
@@ -59,6 +63,7 @@ class Trajectory:
             logprobs: log-probability of each response token, (B, T).
             entropies: entropy before each response token, (B, T).
             values: value before each response token, (B, T).
+            engine_logprobs: log-probability of each response token as another engine has it, (B, T).
         """
         prompt_width = prompt_attention_mask.shape[1]
         responses = tokens[:, prompt_width:]
@@ -72,7 +77,7 @@ class Trajectory:
         sequences = Sequences(tokens[:, : prompt_width + width], attention_mask, response_mask)
         read = (
             None if table is None else table[:, :width].masked_fill(~response_mask, 0.0)
-            for table in (logprobs, entropies, values)
+            for table in (logprobs, entropies, values, engine_logprobs)
         )
         return cls(sequences, ~stopped, role, *read)
 

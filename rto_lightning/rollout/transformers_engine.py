@@ -1,42 +1,12 @@
 """Rollouts with the transformers model that is trained, inside the training process."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from rto_lightning.backbone import Decoded, PolicyBackbone, ValueHead
-from rto_lightning.errors import UserError, check_settings
 from rto_lightning.rollout.sampling import SeededSampling
+from rto_lightning.rollout.settings import RolloutSettings
 from rto_lightning.rollout.trajectory import Trajectory
-
-
-@dataclass
-class RolloutSettings:
-    """How responses are sampled. PPO needs samples of the policy itself, so there is no top-p and no top-k."""
-
-    max_new_tokens: int = 256
-    """Length limit of a response in tokens, the stop id included."""
-    temperature: float = 1.0
-    """Divides the policy's logits, and those of the KL reference. 0 is greedy, for `predict` only."""
-    responses_per_prompt: int = 1
-    """Responses to each prompt in training; held-out prompts get one."""
-    batch_size: int | None = None
-    """Responses that are sampled at a time, which bounds the key-value cache; null takes all of the iteration at once.
-    It changes neither what is drawn nor the order of the responses."""
-
-    def __post_init__(self) -> None:
-        """Raise UserError for values that no run can use."""
-        positive = ("max_new_tokens", "responses_per_prompt", "batch_size")
-        check_settings("model.rollout", self, positive, not_negative=("temperature",))
-
-    def check_length(self, min_response_tokens: int) -> None:
-        """Raise UserError if no response can have as many tokens as `rewards.min_response_tokens` asks for."""
-        if min_response_tokens > self.max_new_tokens:
-            raise UserError(
-                f"rewards.min_response_tokens {min_response_tokens} is above rollout.max_new_tokens "
-                f"{self.max_new_tokens}, so that every response would pay; set it lower."
-            )
 
 
 class TransformersEngine:
@@ -88,10 +58,14 @@ class TransformersEngine:
                 [seeds[row] for row in rows.tolist()], settings.max_new_tokens, settings.temperature, with_logprobs
             )
             ids, mask = input_ids[rows, columns], attention_mask[rows, columns]
-            parts.append(self.backbone.decode(role, ids, mask, draw, settings.max_new_tokens, value_head))
+            limit, gather = settings.max_new_tokens, settings.gather_weights
+            parts.append(self.backbone.decode(role, ids, mask, draw, limit, value_head, gather))
         decoded = _join(parts, order.argsort(), chat.pad_id)
         tokens = torch.cat([input_ids, decoded.tokens], dim=1)
         return Trajectory.from_tokens(tokens, attention_mask, chat.stop_ids, role, *decoded[1:])
+
+    def close(self) -> None:
+        """Nothing: the model belongs to the training process."""
 
 
 def _join(parts: list[Decoded], order: Tensor, pad_id: int) -> Decoded:

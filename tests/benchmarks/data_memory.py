@@ -6,8 +6,8 @@ Generates preference rows of some hundred bytes and goes through an epoch of the
 in a fresh process for each line of the table:
 
 - anonymous memory: what belongs to the process alone, at its peak, beyond that of the imports;
-- mapped pages: pages of files that happen to be in memory at the end, which the system takes back when it needs them;
-- workers: the largest process that tokenized, beyond what it shares with nobody, as the system counts it.
+- mapped pages: pages of files that happen to be in memory at the end, those of the libraries too, which the system
+  takes back when it needs them.
 
 Linux only: it reads /proc.
 """
@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -40,8 +39,8 @@ def generate(path: Path, rows: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def megabytes(kind: str) -> float:
-    """`RssAnon`, `RssFile` or another memory of this process."""
+def mebibytes(kind: str) -> float:
+    """`RssAnon`, `RssFile` or another memory of this process, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(kind + ":"):
             return int(line.split()[1]) / 1024
@@ -52,23 +51,21 @@ class Peak:
     """Watches anonymous memory, from a thread, every few milliseconds."""
 
     def __init__(self) -> None:
-        self.start = self.most = megabytes("RssAnon")
+        self.start = self.most = mebibytes("RssAnon")
         threading.Thread(target=self._watch, daemon=True).start()
 
     def beyond_start(self) -> float:
-        """MB at the peak so far, less those at the start."""
+        """MiB at the peak so far, less those at the start."""
         return self.most - self.start
 
     def _watch(self) -> None:
         while True:
-            self.most = max(self.most, megabytes("RssAnon"))
+            self.most = max(self.most, mebibytes("RssAnon"))
             time.sleep(0.005)
 
 
 def measure(source: str, mode: str) -> dict[str, Any]:
     """Of one epoch, in this process."""
-    from types import SimpleNamespace
-
     from rto_lightning.backbone.chat import ChatTokenizer
     from rto_lightning.data import PreferenceDataModule
     from tests.tiny import tiny_tokenizer
@@ -84,17 +81,16 @@ def measure(source: str, mode: str) -> dict[str, Any]:
     ready, at_start = time.perf_counter(), peak.beyond_start()
     loader = data.train_dataloader()
     batches = sum(1 for _ in loader)
-    return SimpleNamespace(
-        mode=mode,
-        tokens=first.sequences.input_ids.numel() // len(first),
-        ready_seconds=ready - started,
-        ready_mb=at_start,
-        epoch_seconds=time.perf_counter() - ready,
-        epoch_mb=peak.beyond_start(),
-        mapped_mb=megabytes("RssFile"),
-        worker_mb=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
-        batches=batches,
-    ).__dict__
+    return {
+        "mode": mode,
+        "tokens": first.sequences.input_ids.numel() // len(first),
+        "ready_seconds": ready - started,
+        "ready_mib": at_start,
+        "epoch_seconds": time.perf_counter() - ready,
+        "epoch_mib": peak.beyond_start(),
+        "mapped_mib": mebibytes("RssFile"),
+        "batches": batches,
+    }
 
 
 def run(rows: int, folder: Path) -> list[dict[str, Any]]:
@@ -107,11 +103,10 @@ def run(rows: int, folder: Path) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "tests.benchmarks.data_memory", "--source", str(source), "--mode", mode]
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         results.append(
-            {"rows": rows, "source_mb": source.stat().st_size / 2**20, **json.loads(done.stdout.splitlines()[-1])}
+            {"rows": rows, "source_mib": source.stat().st_size / 2**20, **json.loads(done.stdout.splitlines()[-1])}
         )
         print(json.dumps(results[-1]), file=sys.stderr)
-    cached = sum(path.stat().st_size for path in folder.rglob("rows.arrow")) / 2**20
-    return [{**result, "cache_mb": cached} for result in results]
+    return results
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -123,12 +118,12 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in results:
         cells = (
             f"{result['rows']:,}",
-            f"{result['source_mb']:,.0f} MiB",
+            f"{result['source_mib']:,.0f} MiB",
             result["mode"],
             f"{result['ready_seconds']:.1f} s",
-            f"+{result['ready_mb']:.0f} MiB",
-            f"+{result['epoch_mb']:.0f} MiB",
-            f"{result['mapped_mb']:.0f} MiB",
+            f"+{result['ready_mib']:.0f} MiB",
+            f"+{result['epoch_mib']:.0f} MiB",
+            f"{result['mapped_mib']:.0f} MiB",
             f"{result['batches'] * BATCH / result['epoch_seconds']:,.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")

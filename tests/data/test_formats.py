@@ -1,12 +1,15 @@
+import pickle
+
 import pytest
 
 from rto_lightning.data.formats import (
     BadRows,
     Demonstration,
     Preference,
-    read_demonstrations,
-    read_preferences,
-    read_prompts,
+    demonstration_reader,
+    preference_reader,
+    prompt_reader,
+    read_rows,
 )
 from rto_lightning.data.sources import Table
 from rto_lightning.errors import UserError
@@ -27,7 +30,7 @@ TURNS = [SYSTEM, user("Hi"), assistant("Hello"), user("More")]
 
 def read(reader, *rows, bad_rows="error"):
     table = Table("rows.jsonl", list(dict.fromkeys(key for row in rows for key in row)), list(rows))
-    return reader(table, BadRows(table.name, bad_rows))
+    return read_rows(reader(table), enumerate(rows), BadRows(table, bad_rows))
 
 
 def one(reader, row):
@@ -90,13 +93,13 @@ PREFERENCES = {
 @pytest.mark.parametrize("row, prompt", PREFERENCES.values(), ids=PREFERENCES)
 class TestPreferenceFormats:
     def test_as_preferences(self, row, prompt):
-        assert one(read_preferences, row) == Preference(prompt, "a", "b")
+        assert one(preference_reader, row) == Preference(prompt, "a", "b")
 
     def test_as_prompts(self, row, prompt):
-        assert one(read_prompts, row).prompt == prompt
+        assert one(prompt_reader, row).prompt == prompt
 
     def test_as_demonstrations(self, row, prompt):
-        assert one(read_demonstrations, row) == Demonstration(prompt, "a")
+        assert one(demonstration_reader, row) == Demonstration(prompt, "a")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ class TestPreferenceFormats:
     ],
 )
 def test_prompts(row, prompt):
-    assert one(read_prompts, row).prompt == prompt
+    assert one(prompt_reader, row).prompt == prompt
 
 
 @pytest.mark.parametrize(
@@ -127,19 +130,19 @@ def test_prompts(row, prompt):
     ],
 )
 def test_demonstrations(row, prompt):
-    assert one(read_demonstrations, row) == Demonstration(prompt, "a")
+    assert one(demonstration_reader, row) == Demonstration(prompt, "a")
 
 
 def test_an_answers_spaces_are_kept():
-    assert one(read_preferences, {"prompt": "Hi", "chosen": " a\n", "rejected": "b"}).chosen == " a\n"
+    assert one(preference_reader, {"prompt": "Hi", "chosen": " a\n", "rejected": "b"}).chosen == " a\n"
 
 
 @pytest.mark.parametrize(
     "reader, expected",
     [
-        (read_preferences, "`chosen` and `rejected`, with `prompt` or with the prompt inside them"),
-        (read_prompts, "one of `prompt`, `messages`, `context_messages` and `chosen`"),
-        (read_demonstrations, "`prompt` with `response` or `completion`, or `messages`, or `chosen`"),
+        (preference_reader, "`chosen` and `rejected`, with `prompt` or with the prompt inside them"),
+        (prompt_reader, "one of `prompt`, `messages`, `context_messages` and `chosen`"),
+        (demonstration_reader, "`prompt` with `response` or `completion`, or `messages`, or `chosen`"),
     ],
 )
 def test_a_missing_column_names_what_is_there_and_what_is_needed(reader, expected):
@@ -152,65 +155,65 @@ def test_a_missing_column_names_what_is_there_and_what_is_needed(reader, expecte
 
 BAD = {
     "empty answer": (
-        read_preferences,
+        preference_reader,
         {"prompt": "Hi", "chosen": " \n", "rejected": "b"},
         "the answer in `chosen` is empty",
     ),
     "empty prompt": (
-        read_preferences,
+        preference_reader,
         {"prompt": " ", "chosen": "a", "rejected": "b"},
         "the prompt in `prompt` is empty",
     ),
     "no answer": (
-        read_preferences,
+        preference_reader,
         {"prompt": "Hi", "chosen": "a", "rejected": None},
         "`rejected` is neither text nor a list",
     ),
     "no prompt": (
-        read_preferences,
+        preference_reader,
         {"chosen": "a", "rejected": "b"},
         "`prompt` is missing and `chosen` is no transcript",
     ),
     "two prompts": (
-        read_preferences,
+        preference_reader,
         {"chosen": [*HI, assistant("a")], "rejected": [user("Ho"), assistant("b")]},
         "`chosen` and `rejected` answer different prompts",
     ),
     "answer by the user": (
-        read_preferences,
+        preference_reader,
         {"chosen": HI, "rejected": HI},
         "the last message of `chosen` is not the assistant's",
     ),
     "transcript that ends with a question": (
-        read_preferences,
+        preference_reader,
         {"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi\n\nAssistant: b"},
         "the last turn of `chosen` is not the assistant's",
     ),
     "empty list": (
-        read_preferences,
+        preference_reader,
         {"prompt": "Hi", "chosen": [], "rejected": "b"},
         "`chosen` is not a list of messages",
     ),
     "message without content": (
-        read_prompts,
+        prompt_reader,
         {"messages": [{"role": "user"}]},
         "no `role` and `content` of text",
     ),
-    "message that is text": (read_prompts, {"messages": ["Hi"]}, "a message of `messages` is not an object"),
+    "message that is text": (prompt_reader, {"messages": ["Hi"]}, "a message of `messages` is not an object"),
     "unknown role": (
-        read_prompts,
+        prompt_reader,
         {"messages": [{"role": "human", "content": "Hi"}]},
         "has the role 'human', which is none",
     ),
-    "nobody asks": (read_prompts, {"messages": [SYSTEM]}, "does not end with a message of the user"),
+    "nobody asks": (prompt_reader, {"messages": [SYSTEM]}, "does not end with a message of the user"),
     "an answer for a prompt": (
-        read_prompts,
+        prompt_reader,
         {"prompt": [*HI, assistant("a")]},
         "does not end with a message of the user",
     ),
-    "a number for a prompt": (read_prompts, {"prompt": 3}, "`prompt` is neither text nor a list of messages"),
+    "a number for a prompt": (prompt_reader, {"prompt": 3}, "`prompt` is neither text nor a list of messages"),
     "a question for a demonstration": (
-        read_demonstrations,
+        demonstration_reader,
         {"messages": TURNS},
         "the last message of `messages` is not",
     ),
@@ -219,7 +222,7 @@ BAD = {
 
 @pytest.mark.parametrize("reader, row, reason", BAD.values(), ids=BAD)
 def test_a_bad_row_is_named_or_skipped(reader, row, reason):
-    if reader is read_preferences:
+    if reader is preference_reader:
         good = {"chosen": [*HI, assistant("a")], "rejected": [*HI, assistant("b")]}
     else:
         good = {"messages": [*HI, assistant("a")]} if "messages" in row else {"prompt": "Hi"}
@@ -231,10 +234,15 @@ def test_a_bad_row_is_named_or_skipped(reader, row, reason):
     assert [index for index, _ in read(reader, row, good, bad_rows="skip")] == [1]
 
 
-def test_skipped_rows_are_counted_in_one_line(caplog):
-    bad_rows = BadRows("rows.jsonl", "skip")
-    bad_rows.log()
-    assert caplog.messages == []
-    read_prompts(Table("rows.jsonl", ["prompt"], [{"prompt": ""}, {"prompt": "Hi"}, {"prompt": None}]), bad_rows)
-    bad_rows.log()
-    assert caplog.messages == ["rows.jsonl: skipped 2 bad rows."]
+def test_skipped_rows_are_counted():
+    table = Table("rows.jsonl", ["prompt"], [{"prompt": ""}, {"prompt": "Hi"}, {"prompt": None}])
+    bad_rows = BadRows(table, "skip")
+    read_rows(prompt_reader(table), enumerate(table.rows), bad_rows)
+    assert bad_rows.count == 2
+
+
+@pytest.mark.parametrize("reader", [preference_reader, prompt_reader, demonstration_reader])
+def test_readers_go_to_other_processes(reader):
+    row = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
+    read = reader(Table("rows.jsonl", list(row), [row]))
+    assert pickle.loads(pickle.dumps(read))(row) == read(row)

@@ -1,15 +1,12 @@
 import pickle
-from itertools import chain
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningDataModule
 
 from rto_lightning.backbone.chat import ChatTokenizer
 from rto_lightning.data.demonstrations import DemonstrationDataModule
-from rto_lightning.data.module import ResumableSampler
 from rto_lightning.data.preferences import PreferenceDataModule
 from rto_lightning.data.prompts import PromptDataModule
 from rto_lightning.errors import UserError
@@ -22,10 +19,6 @@ PAIRS = [
     {"prompt": "Hi", "chosen": "Good day", "rejected": "No"},
 ]
 MODULES = [PreferenceDataModule, PromptDataModule, DemonstrationDataModule]
-
-
-def numbered(count):
-    return [{"prompt": f"p{i}", "chosen": f"chosen {i}", "rejected": f"rejected {i}"} for i in range(count)]
 
 
 def text(chat, ids, mask):
@@ -129,7 +122,9 @@ class TestLimits:
         data.setup("fit")
         assert (len(data.rows["train"]), len(data.rows["validation"])) == (2, 1)
 
-    @pytest.mark.parametrize("name", ["batch_size", "eval_batch_size", "max_prompt_tokens", "max_eval_rows"])
+    @pytest.mark.parametrize(
+        "name", ["batch_size", "eval_batch_size", "max_prompt_tokens", "max_eval_rows", "tokenize_workers"]
+    )
     def test_they_are_positive(self, name):
         with pytest.raises(UserError, match=rf"data\.{name} is 0; set it to 1 or more\."):
             PromptDataModule(**{name: 0})
@@ -206,92 +201,6 @@ class TestStages:
             PromptDataModule(test=jsonl(PAIRS)).setup("test")
 
 
-class TestTrainingOrder:
-    def order(self, chat, source, seed=0, epochs=1):
-        data = PromptDataModule(train=source, batch_size=4, seed=seed)
-        data.chat = chat
-        data.setup("fit")
-        loader = data.train_dataloader()
-        indices = []
-        for epoch in range(epochs):
-            loader.sampler.set_epoch(epoch)
-            indices.append([batch.index.tolist() for batch in loader])
-        return indices
-
-    def test_full_batches_in_an_order_of_seed_and_epoch(self, chat, jsonl):
-        source = jsonl(numbered(10))
-        first, second = self.order(chat, source, epochs=2)
-        assert [len(batch) for batch in first] == [4, 4]
-        assert len(set(chain(*first))) == 8
-        assert first != second
-        assert self.order(chat, source, epochs=2) == [first, second]
-        assert self.order(chat, source, seed=1) != [first]
-
-    def test_processes_share_the_rows_evenly(self):
-        parts = [list(ResumableSampler(range(7), num_replicas=2, rank=rank, seed=0)) for rank in (0, 1)]
-        assert [len(part) for part in parts] == [3, 3]
-        assert len({*parts[0], *parts[1]}) == 6
-
-    def test_a_batch_larger_than_the_data_is_an_error(self, chat, jsonl):
-        with pytest.raises(UserError, match=r"data\.batch_size 4 is larger than the data: .* gives 3 rows to 1 device"):
-            self.order(chat, jsonl(PAIRS))
-
-
-class Recorder(LightningModule):
-    """Notes the rows it is trained on."""
-
-    def __init__(self):
-        super().__init__()
-        self.chat = ChatTokenizer(tiny_tokenizer())
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch.index.tolist())
-        return self.weight * 1.0
-
-    def validation_step(self, batch, batch_idx):
-        assert batch.index.tolist() == [0, 1, 2]
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class TestTrainer:
-    def fit(self, source, tmp_path, max_steps, ckpt_path=None, **settings):
-        module = Recorder()
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=max_steps,
-            max_epochs=-1,
-            logger=False,
-            default_root_dir=tmp_path,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")],
-        )
-        trainer.fit(module, PromptDataModule(train=source, batch_size=2, **settings), ckpt_path=ckpt_path)
-        return module.seen
-
-    def test_the_tokenizer_is_the_modules(self, jsonl, tmp_path):
-        source = jsonl(PAIRS)
-        seen = self.fit(source, tmp_path, max_steps=2, validation=source, eval_batch_size=3)
-        assert len(seen) == 2
-
-    @pytest.mark.filterwarnings("error:.*(not resumable|across ranks is zero)")
-    @pytest.mark.parametrize("workers", [0, 1])
-    def test_a_run_resumes_where_it_stopped(self, jsonl, tmp_path, workers):
-        source = jsonl(numbered(6))  # 3 batches an epoch
-        whole = self.fit(source, tmp_path, max_steps=8, num_workers=workers)
-        assert len(whole) == 8
-        assert sorted(chain(*whole[:3])) == sorted(chain(*whole[3:6])) == list(range(6))
-        for step in (1, 2, 3, 4, 6):  # in the middle and at the ends of epochs
-            checkpoint = tmp_path / f"step={step}.ckpt"
-            resumed = self.fit(source, tmp_path / "resumed", 8, checkpoint, num_workers=workers)
-            assert resumed == whole[step:], step
-
-
 @pytest.mark.parametrize("kind", MODULES)
 def test_the_command_line_shows_every_argument_with_its_help(kind):
     parser = ArgumentParser()
@@ -302,6 +211,9 @@ def test_the_command_line_shows_every_argument_with_its_help(kind):
         "max_prompt_tokens": "Longer prompts are dropped",
         "bad_rows": "`skip` leaves such rows out",
         "seed": "The order of the training rows",
+        "tokenize_workers": "Processes that tokenize",
+        "streaming": "needs trainer.max_steps",
+        "shuffle_buffer_rows": "1 leaves them in their order",
     }.items():
         assert f"--data.{name}" in shown
         assert words in shown

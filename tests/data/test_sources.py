@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import datasets
 import pyarrow
@@ -31,22 +32,91 @@ def write(path, rows=ROWS):
 def test_files(tmp_path, extension):
     source = write(tmp_path / f"rows.{extension}")
     table = load_table(source)
-    assert table.rows == ROWS
+    assert list(table.rows) == list(table.rows) == ROWS
     assert table.columns == ["prompt", "chosen"]
     assert table.name == source
-    assert load_table(source, max_rows=1).rows == ROWS[:1]
-    assert load_table(source, max_rows=9).rows == ROWS
+    assert list(load_table(source, max_rows=1).rows) == ROWS[:1]
+    assert list(load_table(source, max_rows=9).rows) == ROWS
 
 
 def test_a_parquet_file_may_hold_message_lists(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "Hi"}]}]
-    assert load_table(write(tmp_path / "rows.parquet", rows)).rows == rows
+    assert list(load_table(write(tmp_path / "rows.parquet", rows)).rows) == rows
 
 
 def test_columns_are_those_of_any_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n{"b": 2}\n')
     assert load_table(str(path)).columns == ["a", "b"]
+
+
+def test_rows_are_read_when_they_are_asked_for(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n' * 1000 + "no JSON\n")
+    rows = iter(load_table(str(path)).rows)
+    assert [next(rows) for _ in range(1000)] == [{"a": 1}] * 1000
+    with pytest.raises(UserError, match=r"Row 1001 of .* is not JSON"):
+        next(rows)
+
+
+class TestSeveralFiles:
+    @pytest.fixture(params=[".jsonl", ".csv", ".parquet"])
+    def shards(self, tmp_path, request):
+        for name, rows in {"b": [{"n": "2"}], "a": [{"n": "0"}, {"n": "1"}], "c": [{"n": "3"}]}.items():
+            write((tmp_path / name).with_suffix(request.param), rows)
+        return tmp_path, request.param
+
+    def test_a_pattern_or_their_folder(self, shards):
+        folder, extension = shards
+        (folder / "deeper").mkdir()
+        for source in (f"{folder}/*{extension}", f"{folder}/[a-c]{extension}", str(folder)):
+            table = load_table(source)
+            assert [row["n"] for row in table.rows] == ["0", "1", "2", "3"], source
+            assert (table.name, table.columns) == (source, ["n"])
+        assert [row["n"] for row in load_table(f"{folder}/*{extension}", max_rows=3).rows] == ["0", "1", "2"]
+
+    def test_a_row_is_told_by_its_file(self, shards):
+        folder, extension = shards
+        table = load_table(f"{folder}/*{extension}")
+        places = [f"Row 1 of {folder / 'a'}", f"Row 2 of {folder / 'a'}", f"Row 1 of {folder / 'b'}"]
+        assert [table.place(index) for index in range(3)] == [place + extension for place in places]
+        assert load_table(f"{folder}/a{extension}").place(1) == f"Row 2 of {folder}/a{extension}"
+
+    def test_of_one_kind(self, tmp_path):
+        write(tmp_path / "a.jsonl")
+        write(tmp_path / "b.csv")
+        for source in (f"{tmp_path}/*", str(tmp_path)):
+            with pytest.raises(UserError, match=r"has files with the extensions \.csv, \.jsonl; name those of one"):
+                load_table(source)
+
+    def test_none(self, tmp_path):
+        with pytest.raises(UserError, match=r"There is no file or folder '.*\*\.jsonl'"):
+            load_table(f"{tmp_path}/*.jsonl")
+
+
+class TestFingerprint:
+    """What the cache of tokenized rows knows a source by."""
+
+    @pytest.mark.parametrize("shards", [False, True])
+    def test_of_files(self, tmp_path, shards):
+        first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+        write(first)
+        write(second)
+        source = f"{tmp_path}/*.jsonl" if shards else str(second)
+        before = load_table(source).fingerprint
+        assert before and before == load_table(source, max_rows=1).fingerprint
+        os.utime(second, (1, 1))
+        touched = load_table(source).fingerprint
+        write(second, ROWS[:1])
+        os.utime(second, (1, 1))
+        shorter = load_table(source).fingerprint
+        assert len({before, touched, shorter, load_table(str(first)).fingerprint}) == 4
+
+    def test_of_saved_data_sets(self, tmp_path):
+        for name, rows in {"a": ROWS, "b": ROWS[:1]}.items():
+            datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
+        a, again, b = (load_table(str(tmp_path / name)).fingerprint for name in "aab")
+        assert a and a == again != b
 
 
 class TestFolders:
@@ -56,14 +126,14 @@ class TestFolders:
 
     def test_one_data_set(self, tmp_path, data):
         data.save_to_disk(tmp_path / "saved")
-        assert load_table(str(tmp_path / "saved"), max_rows=1).rows == ROWS[:1]
+        assert list(load_table(str(tmp_path / "saved"), max_rows=1).rows) == ROWS[:1]
         with pytest.raises(UserError, match="holds one data set without splits; leave out `:train`"):
             load_table(f"{tmp_path / 'saved'}:train")
 
     def test_splits(self, tmp_path, data):
         saved = tmp_path / "saved"
         datasets.DatasetDict(train=data, test=data.select([1])).save_to_disk(saved)
-        assert load_table(f"{saved}:test").rows == ROWS[1:]
+        assert list(load_table(f"{saved}:test").rows) == ROWS[1:]
         with pytest.raises(UserError, match=r"has the splits train, test; write one as `.*saved:train`"):
             load_table(str(saved))
         with pytest.raises(UserError, match="has no split 'dev'; write one of train, test"):
@@ -71,7 +141,7 @@ class TestFolders:
 
     def test_the_only_split_needs_no_name(self, tmp_path, data):
         datasets.DatasetDict(train=data).save_to_disk(tmp_path / "saved")
-        assert load_table(str(tmp_path / "saved")).rows == ROWS
+        assert list(load_table(str(tmp_path / "saved")).rows) == ROWS
 
     def test_other_folders_are_refused(self, tmp_path):
         with pytest.raises(UserError, match=r"a folder that datasets\.save_to_disk did not write"):
@@ -88,14 +158,21 @@ class TestHub:
             if name == "org/none":
                 raise datasets.exceptions.DatasetNotFoundError("no such\n data set")
             data = datasets.Dataset.from_list(ROWS)
+            if settings.get("streaming"):
+                return data.to_iterable_dataset()
             return datasets.DatasetDict(a=data, b=data) if settings["split"] is None else data
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         return calls
 
     def test_a_name_with_a_split(self, calls):
-        assert load_table("org/pairs:train[:50%]", max_rows=1).rows == ROWS[:1]
+        assert list(load_table("org/pairs:train[:50%]", max_rows=1).rows) == ROWS[:1]
         assert calls == [("org/pairs", {"split": "train[:50%]"})]  # never trust_remote_code
+
+    def test_while_it_is_downloaded(self, calls):
+        table = load_table("org/pairs:train", max_rows=1, streaming=True)
+        assert (list(table.rows), table.columns, table.fingerprint) == (ROWS[:1], ["prompt", "chosen"], "")
+        assert calls == [("org/pairs", {"split": "train", "streaming": True})]
 
     def test_a_name_without_one_lists_the_splits(self, calls):
         with pytest.raises(UserError, match=r"org/pairs has the splits a, b; write one as `org/pairs:a`\."):

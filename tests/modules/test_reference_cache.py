@@ -196,6 +196,11 @@ def test_several_devices_are_refused():
         check_cacheable(SimpleNamespace(world_size=2, datamodule=PreferenceDataModule()))
 
 
+def test_a_stream_is_refused():
+    with pytest.raises(UserError, match=r"data\.streaming reads them while training; set one of them to null or false"):
+        check_cacheable(SimpleNamespace(world_size=1, datamodule=PreferenceDataModule(streaming=True)))
+
+
 # The command.
 
 
