@@ -88,7 +88,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], mean: bool = False) -> Non
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        flat = torch.cat([gradient.flatten() for gradient in bucket]) if len(bucket) > 1 else bucket[0].flatten()
         dist.all_reduce(flat)
         if mean:
             flat /= ranks()

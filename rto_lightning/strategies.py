@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.distributed.checkpoint as distributed_checkpoint
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
@@ -16,7 +18,12 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -80,15 +87,24 @@ class FullyShardedStrategy(ModelParallelStrategy):
         dtype = torch.bfloat16 if precision == "bf16-mixed" and mode == "full" else None
         return Sharding(self.device_mesh["data_parallel"], dtype, self.offloads, sum_gradients)
 
+    def setup(self, trainer: Trainer) -> None:
+        """Sets the models up; weights that were gathered in inference mode could not be trained."""
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
+
     def model_to_device(self) -> None:
-        """Moves what is whole; offloaded shards stay on the host."""
+        """Moves what is whole, and makes it equal on all ranks; offloaded shards stay on the host."""
         assert self.model is not None
         if not self.offloads:
             super().model_to_device()
-            return
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(self.root_device)
+        for weight in self.model.parameters():
+            if weight.requires_grad and not isinstance(weight, DTensor):
+                torch.distributed.broadcast(weight.data, 0)
 
     # Checkpoints: tensors that are whole are written as on one device.
 
@@ -106,9 +122,18 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of an optimizer."""
-        if self._holds_shards:
-            return super().optimizer_state(optimizer)
-        return ParallelStrategy.optimizer_state(self, optimizer)
+        if not self._holds_shards:
+            return ParallelStrategy.optimizer_state(self, optimizer)
+        assert self.model is not None
+        plain: Optimizer = getattr(optimizer, "_optimizer", optimizer)
+        fresh, whole = not plain.state, not self._save_distributed_checkpoint
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, plain, options=options)
+        if fresh:  # torch took a step at learning rate 0 to have a state to write, which must not count
+            for of_weight in (*plain.state.values(), *state.get("state", {}).values()):
+                if "step" in of_weight:
+                    of_weight["step"].zero_()
+        return _renamed(state, {name: n for n, name in enumerate(self._names(plain))}) if whole and state else state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Loads whole weights; shards were loaded with the checkpoint."""
@@ -138,9 +163,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
             if path.is_dir():
                 raise UserError(f"{path} was saved in mode full; set model.backbone.mode to full to resume from it.")
             return ParallelStrategy.load_checkpoint(self, path, weights_only)
-        if not path.is_dir():
-            return super().load_checkpoint(path, weights_only)
         assert self.lightning_module is not None and self.model is not None
+        if not path.is_dir():
+            return self._load_file(path, weights_only)
         metadata: dict[str, Any] = torch.load(path / METADATA_FILE, map_location="cpu", weights_only=bool(weights_only))
         states: dict[str, Any] = {"state_dict": self.lightning_module.state_dict()}
         self.lightning_module.on_save_checkpoint(states)  # keeps what a checkpoint holds
@@ -148,16 +173,47 @@ class FullyShardedStrategy(ModelParallelStrategy):
             f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)
             for number, optimizer in enumerate(self.optimizers)
         }
+        stored = distributed_checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+        for name in states["state_dict"]:
+            if f"state_dict.{name}" not in stored:
+                raise UserError(f"the checkpoint {path} lacks {name}; resume with the settings that it was saved with.")
         distributed_checkpoint.load(states, checkpoint_id=path)  # into the module's own weights
         for number, optimizer in enumerate(self.optimizers):
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=states[f"optimizer_{number}"])
         return metadata | {"state_dict": states["state_dict"]}
+
+    def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        """Spreads what a file holds whole, as one device or DDP write it."""
+        assert self.model is not None
+        checkpoint = ParallelStrategy.load_checkpoint(self, path, weights_only)
+        whole = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=whole)
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            named = _renamed(state, dict(enumerate(self._names(optimizer))))
+            if named["state"]:
+                set_optimizer_state_dict(self.model, optimizer, optim_state_dict=named, options=whole)
+            else:  # it has made no step; torch would make one, at learning rate 0, which counts
+                for group, saved in zip(optimizer.param_groups, named["param_groups"], strict=True):
+                    group.update({key: value for key, value in saved.items() if key != "params"})
+        return checkpoint
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """Names of the weights of an optimizer, in the order in which a file numbers them."""
+        assert self.model is not None
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        return [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
 
     @property
     def _holds_shards(self) -> bool:
         """Whether weights that are trained are spread."""
         assert self.model is not None
         return any(isinstance(weight, DTensor) and weight.requires_grad for weight in self.model.parameters())
+
+
+def _renamed(state: dict[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """The state dict of an optimizer with other names, or numbers, for its weights."""
+    groups = [{**group, "params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}
 
 
 def resolve_strategy(strategy: Any) -> Any:
@@ -206,6 +262,15 @@ def check_processes(strategy: Strategy) -> None:
         raise UserError(
             f"process {process} of this machine has no device, since trainer.devices gives {devices}; set "
             "trainer.devices to the number of processes that are started on a machine."
+        )
+
+
+def check_checkpoint(strategy: Strategy, path: Any) -> None:
+    """Raise UserError for a folder of shards, which only FSDP2 reads."""
+    if path and Path(path).is_dir() and not isinstance(strategy, FullyShardedStrategy):
+        raise UserError(
+            f"the checkpoint {path} is a folder of shards; set trainer.strategy to fsdp, with trainer.devices 1 for "
+            "one device."
         )
 
 

@@ -1,6 +1,8 @@
 """Which strategies run a stage, and what the others are told."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +10,17 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 
 from rto_lightning.cli import main
 from rto_lightning.errors import UserError
+from rto_lightning.modules.rto_inputs import check_even_rows
 from rto_lightning.modules.rto_settings import PPOSettings
 from rto_lightning.optimizers import check_shardable
 from rto_lightning.parallel import clip_gradients, gather_rows, largest, rank, ranks, sum_gradients, sum_over_ranks
-from rto_lightning.strategies import FullyShardedStrategy, check_processes, check_strategy, resolve_strategy
+from rto_lightning.strategies import (
+    FullyShardedStrategy,
+    check_checkpoint,
+    check_processes,
+    check_strategy,
+    resolve_strategy,
+)
 from tests.modules import stages
 
 
@@ -63,6 +72,20 @@ def test_a_process_without_a_device_is_refused() -> None:
         check_processes(strategy)
     strategy.parallel_devices = [torch.device("cpu")] * 2
     check_processes(strategy)
+
+
+def test_a_folder_of_shards_wants_fsdp(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder of shards"):
+        check_checkpoint(DDPStrategy(), tmp_path)
+    check_checkpoint(FullyShardedStrategy(), tmp_path)
+    check_checkpoint(DDPStrategy(), tmp_path / "last.ckpt")
+
+
+def test_uneven_rows_are_not_predicted_together() -> None:
+    trainer: Any = SimpleNamespace(world_size=2, datamodule=SimpleNamespace(rows={"predict": range(9)}))
+    check_even_rows(trainer, together=False)
+    with pytest.raises(UserError, match=r"the 9 rows .* over 2 devices.*data.max_eval_rows to 8"):
+        check_even_rows(trainer, together=True)
 
 
 def test_8_bit_optimizers_do_not_step_parts_of_weights() -> None:

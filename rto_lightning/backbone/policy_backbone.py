@@ -5,7 +5,6 @@ reference is the base with the adapters off. In mode `full` each trained role ha
 caller names the role and the backbone sees to the weights. It knows nothing of losses.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -30,9 +29,9 @@ from rto_lightning.backbone.logprobs import gather_logprobs
 from rto_lightning.backbone.roles import Role, RoleCard, role_folder
 from rto_lightning.backbone.sequences import Sequences, scatter
 from rto_lightning.backbone.settings import BackboneSettings
-from rto_lightning.backbone.sharding import Sharding, as_forward, forward_of_role, gathered, whole_weights
+from rto_lightning.backbone.sharding import Sharding, copy_model, forward_of_role, gathered, whole_weights
 from rto_lightning.errors import UserError
-from rto_lightning.parallel import rank
+from rto_lightning.parallel import gather_objects, rank
 
 BASE = "base"
 
@@ -135,7 +134,7 @@ class PolicyBackbone(nn.Module):
             if original.model == BASE:  # loaded anew: the base in memory may hold adapters of other roles
                 self._add_model(name, None, trainable)
             else:
-                model = copy.deepcopy(self.models[original.model])
+                model = copy_model(self.models[original.model])
                 dtype = self.settings.trained_dtype if trainable else self.settings.frozen_dtype
                 self.models[name] = model.to(dtype).requires_grad_(trainable)
             self.roles[name] = Role(name, name, None, trainable)
@@ -231,9 +230,7 @@ class PolicyBackbone(nn.Module):
         Returns:
             Three tensors (B, T) in nats, 0 outside the response.
         """
-        return as_forward(
-            self.models[self.roles[reference].model], lambda: self._token_divergence(name, reference, sequences)
-        )
+        return self._token_divergence(reference, name, sequences)
 
     @forward_of_role
     def token_values(self, name: str, sequences: Sequences, head_only: bool = False) -> Tensor:
@@ -289,13 +286,13 @@ class PolicyBackbone(nn.Module):
         Raises:
             UserError: if the folder exists and is not empty.
         """
+        if any(gather_objects(rank() == 0 and folder.exists() and any(folder.iterdir()))):
+            raise UserError(f"{folder} exists already; remove it or choose another folder.")
         role = self.roles[name]
         head = whole_weights(self.heads[name]) if name in self.heads else None
         weights = whole_weights(self.models[role.model]) if role.adapter is None else {}
         if rank() > 0:
             return
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} exists already; remove it or choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         if role.adapter is not None:
             self.adapters.save(role.adapter, folder)
@@ -334,7 +331,8 @@ class PolicyBackbone(nn.Module):
             hidden: Tensor = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, rows * input_ids.shape[1] + positions)
 
-    def _token_divergence(self, name: str, reference: str, sequences: Sequences) -> TokenDivergence:
+    @forward_of_role
+    def _token_divergence(self, reference: str, name: str, sequences: Sequences) -> TokenDivergence:
         mask = sequences.response_mask
         with torch.no_grad():
             reference_hidden = self._response_hidden(reference, sequences)

@@ -5,6 +5,7 @@ the model as a whole. FSDP gathers around `forward`, but roles call parts of a m
 in the place of a forward.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from rto_lightning.errors import UserError
 from rto_lightning.parallel import rank
 
 P = ParamSpec("P")
@@ -42,7 +44,7 @@ class Sharding:
     mesh: DeviceMesh
     """The ranks that share them, one dimension."""
     compute_dtype: torch.dtype | None = None
-    """In which trained weights are gathered; None for their own. Gradients are added up in float32 either way."""
+    """In which weights are gathered and layers compute; None for the weights' own. Gradients are reduced in float32."""
     cpu_offload: bool = False
     """Keep shards, gradients and optimizer states in the memory of the host."""
     sum_gradients: bool = False
@@ -69,23 +71,27 @@ class Sharding:
     def shard_head(self, head: nn.Module) -> None:
         """Spread a scalar head, so that an optimizer has sharded weights only."""
         if not isinstance(head, FSDPModule):
-            fully_shard(head, mesh=self.mesh)
+            fully_shard(head, mesh=self.mesh, offload_policy=self._offload)
             self._set_reduction(head)
 
     def _options(self, ignored: Iterable[nn.Parameter]) -> dict[str, Any]:
-        # Frozen weights are in their own type already, and inputs of layers keep theirs.
         precision = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32)
         return {
             "mesh": self.mesh,
             "mp_policy": precision if self.compute_dtype is not None else MixedPrecisionPolicy(),
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            "offload_policy": self._offload,
             "ignored_params": set(ignored),
         }
+
+    @property
+    def _offload(self) -> OffloadPolicy:
+        return CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
 
     def _set_reduction(self, module: nn.Module) -> None:
         if self.sum_gradients:
             for part in _sharded_parts(module):
                 part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction with a factor
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -144,6 +150,17 @@ def gathered(model: nn.Module, all_layers: bool = True) -> Iterator[None]:
         for layer in layers:
             layer.set_reshard_after_forward(True, recurse=False)
             layer.reshard()
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A copy of a whole model.
+
+    Raises:
+        UserError: if its weights are spread over ranks.
+    """
+    if isinstance(model, FSDPModule):
+        raise UserError("roles cannot be copied after FSDP has spread them; build a new module to train after a test.")
+    return copy.deepcopy(model)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ where <run> is `fit`, or `fit-2` if the folder holds an earlier run; likewise fo
 import argparse
 import importlib
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -188,7 +189,7 @@ class RTOCLI(LightningCLI):
             kwargs["logger"] = default_loggers(root, str(self.subcommand))
         kwargs["callbacks"] = [*_as_list(settings.callbacks), *self._default_callbacks(settings, root)]
         # Late, as it imports the models' libraries.
-        from rto_lightning.strategies import check_processes, resolve_strategy
+        from rto_lightning.strategies import check_checkpoint, check_processes, resolve_strategy
 
         kwargs["strategy"] = resolve_strategy(settings.strategy)
         try:
@@ -196,7 +197,18 @@ class RTOCLI(LightningCLI):
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"the trainer refuses its settings: {_first_sentence(error)}") from error
         check_processes(trainer.strategy)
+        check_checkpoint(trainer.strategy, self.config_init[self.subcommand].get("ckpt_path"))
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            # Processes that Lightning has started wait for this one, where only this signal is heard.
+            kill = getattr(self.trainer.strategy.launcher, "kill", None)
+            if kill is not None:
+                kill(signal.SIGKILL)
+            raise
 
     def _default_callbacks(self, settings: Any, root: Path) -> list[Callback]:
         given = _as_list(settings.callbacks)
@@ -219,6 +231,24 @@ class RTOCLI(LightningCLI):
     def _accepted(self, command: str) -> list[str]:
         parser = self._subcommand_parsers.get(command, self.parser)
         return list(parser.get_defaults(skip_validation=True).keys())
+
+
+class PipelineStageCLI(RTOCLI):
+    """One stage of a pipeline, whose process goes on to the next one."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """As :meth:`RTOCLI.instantiate_trainer`.
+
+        Raises:
+            UserError: for several processes, too.
+        """
+        trainer = super().instantiate_trainer(**kwargs)
+        if trainer.world_size > 1:
+            raise UserError(
+                f"a pipeline runs its stages in one process, and this one asks for {trainer.world_size}; run the stage "
+                "by `rto-lightning fit`, or set trainer.devices to 1."
+            )
+        return trainer
 
 
 def default_loggers(root: Path, command: str) -> list[Logger]:

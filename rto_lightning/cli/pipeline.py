@@ -147,7 +147,7 @@ def _run(stage: StageSettings, settings: PipelineSettings, output_dir: Path, bas
     options = [f"--{key}={_as_option(value)}" for key, value in arguments.items()]
     fixed = [f"--trainer.default_root_dir={folder}", f"--seed_everything={settings.seed}"]
     configs = [f"--config={base / file}" for file in stage.files]
-    run_stage(["fit", *configs, *fixed, *options])
+    run_stage(["fit", *configs, *fixed, *options], of_pipeline=True)
     if not (folder / "role").is_dir():
         raise UserError(f"training ended without a role in {folder / 'role'}; see its log for the reason.")
 

@@ -9,21 +9,22 @@ from rto_lightning.errors import MissingInputError, UserError
 STAGE_COMMANDS = ("fit", "validate", "test", "predict")
 
 
-def run_stage(args: Sequence[str]) -> None:
+def run_stage(args: Sequence[str], of_pipeline: bool = False) -> None:
     """Runs one stage in this process.
 
     Args:
         args: A command of `STAGE_COMMANDS` and its options, as on the command line.
+        of_pipeline: Whether other stages follow in this process, which then must be the only one.
 
     Raises:
         UserError: For every mistake that the user can cure, already told as one sentence.
     """
     config_files = given_config_files(args)
     check_config_files(config_files)
-    from rto_lightning.cli.lightning_cli import run
+    from rto_lightning.cli.lightning_cli import RTOCLI, PipelineStageCLI, run
 
     try:
-        run(args, config_files)
+        run(args, config_files, PipelineStageCLI if of_pipeline else RTOCLI)
     except MissingInputError as error:
         raise UserError(with_command(error, config_files)) from error
 

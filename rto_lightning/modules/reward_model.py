@@ -84,8 +84,7 @@ class RewardModelModule(StageModule):
         if "reference" not in self.backbone.roles:
             self.add_reference()
             self.shard_roles()
-        if not self.is_sharded:
-            self.backbone.to(self.device)
+        self.trainer.strategy.model_to_device()
         engine = TransformersEngine(self.backbone, RolloutSettings(self.score_statistics.max_new_tokens))
         scores: list[Tensor] = []
         for batch in self._first_epoch():

@@ -21,7 +21,7 @@ from rto_lightning.modules.gathering import gather_scored
 from rto_lightning.modules.phases import Phases
 from rto_lightning.modules.ppo_update import minibatches, ppo_update
 from rto_lightning.modules.reading import TrajectoryReader
-from rto_lightning.modules.rto_inputs import check_inputs, reward_sources
+from rto_lightning.modules.rto_inputs import check_even_rows, check_inputs, reward_sources
 from rto_lightning.modules.rto_roles import add_critic, add_dpo, add_policy_average, average_policy, scale_critic
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
 from rto_lightning.modules.scoring import read_policy, samples_exactly, score_trajectory, weigh_for_engine
@@ -334,6 +334,10 @@ class RTOModule(StageModule):
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Every reward term on answers to test prompts."""
         self._evaluate(batch, "test")
+
+    def on_predict_start(self) -> None:
+        """Refuse rows of which some ranks have one more than others, where all compute a batch together."""
+        check_even_rows(self.trainer, together=self.is_sharded or self.rollout_settings.engine == "vllm")
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """The answers: for each prompt its row, its messages, the response text and whether it was truncated."""

@@ -2,10 +2,31 @@
 
 from collections.abc import Sequence
 
+from lightning.pytorch import Trainer
+
 from rto_lightning.backbone.roles import role_folder
 from rto_lightning.errors import UserError
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
 from rto_lightning.rewards import WeightedReward, saved_reward_role
+
+
+def check_even_rows(trainer: Trainer, together: bool) -> None:
+    """Refuse to predict rows that the devices cannot share evenly.
+
+    Args:
+        trainer: predicts the rows of a data module.
+        together: whether the devices have to compute each batch together.
+
+    Raises:
+        UserError: if they have to, and some would have a row more than others.
+    """
+    rows = getattr(getattr(trainer, "datamodule", None), "rows", {}).get("predict", ())
+    if together and len(rows) % trainer.world_size:
+        raise UserError(
+            f"the {len(rows)} rows of data.predict do not split evenly over {trainer.world_size} devices, which "
+            f"compute each batch together; set data.max_eval_rows to {len(rows) - len(rows) % trainer.world_size}, or "
+            "trainer.devices to 1."
+        )
 
 
 def check_inputs(

@@ -27,8 +27,9 @@ class SFTModule(StageModule):
         mask = batch.sequences.response_mask
         logprobs, _ = self.backbone.token_logprobs(self.trained_role, batch.sequences)
         loss, tokens = -masked_mean(logprobs, mask), mask.sum()
+        all_tokens = sum_over_ranks(tokens)
         if ranks() > 1:  # so that the mean over ranks is that over all tokens
-            loss = loss * tokens * ranks() / sum_over_ranks(tokens)
+            loss = loss * tokens * ranks() / all_tokens
         # Weighted by tokens, the mean over an epoch does not depend on the batch size.
-        self.log_mean(f"{split}/loss", loss, int(tokens), shown=True)
+        self.log_mean(f"{split}/loss", loss, int(all_tokens), shown=True)
         return loss

@@ -15,7 +15,8 @@ KINDS = [(mode, strategy) for mode in ("adapters", "full") for strategy in ("ddp
 
 def case(folder: Path, inputs: dict[str, str], mode: str, strategy: str, **changes: object) -> Case:
     roles = {role: inputs[f"{role}_{mode}"] for role in ("dpo", "reward")}
-    made = Case(str(folder), "rto", mode, strategy, inputs["model"], inputs["rows"], roles, steps=4, options=GAE)
+    options = {**GAE, "critic": {"warmup_iterations": 3}}  # the policy has not been trained when it is saved
+    made = Case(str(folder), "rto", mode, strategy, inputs["model"], inputs["rows"], roles, steps=4, options=options)
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -34,6 +35,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, str], launc
         made[f"{name}-whole"] = case(root / f"{name}-whole", inputs, mode, "auto")
         made[f"{name}-two"] = case(root / f"{name}-two", inputs, mode, strategy, resume=checkpoint)
         made[f"{name}-one"] = case(root / f"{name}-one", inputs, mode, alone, resume=checkpoint)
+    for mode in ("adapters", "full"):  # a file of DDP
+        checkpoint = str(Path(made[f"{mode}-ddp-begun"].out) / "checkpoint.ckpt")
+        made[f"{mode}-file-two"] = case(root / f"{mode}-file-two", inputs, mode, "fsdp", resume=checkpoint)
     for ending, processes in (("begun", 2), ("two", 2), ("one", 1), ("whole", 1)):
         launch([made[name] for name in made if name.endswith(ending)], processes)
     return made
@@ -45,6 +49,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, str], launc
 def test_resumed_on(ranks: str, mode: str, strategy: str, runs: dict[str, Case]) -> None:
     resumed, whole = runs[f"{mode}-{strategy}-{ranks}"], runs[f"{mode}-{strategy}-whole"]
     check_same(resumed, whole, last_steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["adapters", "full"])
+def test_a_file_resumes_under_fsdp(mode: str, runs: dict[str, Case]) -> None:
+    check_same(runs[f"{mode}-file-two"], runs[f"{mode}-ddp-whole"], last_steps=2)
 
 
 @pytest.mark.slow

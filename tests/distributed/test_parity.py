@@ -1,6 +1,7 @@
 """Several ranks train the parameters that one process trains, in float64 to 1e-8."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def cases(folder: Path, inputs: dict[str, str], strategies: tuple[str, ...], eve
             data=inputs["demonstrations" if stage == "sft" else "rows"],
             roles={role: inputs[f"{role}_{mode}"] for role in ("dpo", "reward")},
             options=options,
+            steps=4 if stage == "sft" else 3,  # validation metrics of the first epoch are read at the fourth step
             backbone={"gradient_checkpointing": name == "rto-full"},
         )
         for strategy in strategies
@@ -69,6 +71,11 @@ def check_same(case: Case, expected: Case, last_steps: int | None = None) -> Non
             for name in theirs:
                 difference = (ours[name].double() - theirs[name].double()).abs().max().item()
                 assert difference < TOLERANCE, f"{case.out}: {folder}/{name} differs by {difference}"
+    check_metrics(case, expected, last_steps)
+
+
+def check_metrics(case: Case, expected: Case, last_steps: int | None = None) -> None:
+    """Metrics of every step, or of the last ones, are those of the other run."""
     ours, theirs = (json.loads((Path(run.out) / "metrics.json").read_text()) for run in (case, expected))
     assert len(theirs) == expected.steps
     theirs = theirs[-(last_steps or 0) :]
@@ -115,6 +122,17 @@ def test_four_ranks_train_what_one_process_trains(
     launch(list(four.values()), 4)
     for name, case in four.items():
         check_same(case, runs[f"{name.rpartition('-')[0]}-auto"])
+
+
+@pytest.mark.slow
+def test_gradients_are_summed_in_float32(tmp_path: Path, inputs: dict[str, str], launch: Launch) -> None:
+    """Where FSDP reduces by another operation than in float64; the metrics hold the norms of the gradients."""
+    both = cases(tmp_path, inputs, ("auto", "fsdp"), False)
+    names = [f"rto-full-{strategy}" for strategy in ("auto", "fsdp")]
+    alone, two = (replace(both[name], steps=1, backbone={"dtype": "float32"}) for name in names)
+    launch([alone], 1)
+    launch([two], 2)
+    check_metrics(two, alone)
 
 
 @pytest.mark.slow
