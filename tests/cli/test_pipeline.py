@@ -237,6 +237,13 @@ def test_errors_of_a_fit_stage_are_told_with_its_name(capsys):
     assert fails(capsys) == (1, "stage rto: no dpo role.")
 
 
+def test_a_stage_of_several_processes_is_refused(capsys):
+    pipeline({"name": "sft", "fit": "sft.yaml", "arguments": {"trainer.devices": 2, "trainer.strategy": "ddp"}})
+    status, printed = fails(capsys)
+    assert status == 1
+    assert "a pipeline runs its stages in one process, and this one asks for 2" in printed
+
+
 def test_set_overrides_arguments():
     pipeline(WORLD, SFT)
     assert run("--set", "world.rows=2", "world.rate=1e-3", "--set", "sft.model.backbone.model={world}") == 0
