@@ -1,6 +1,6 @@
 """What the columns of a data set mean: tables to conversations with their answers.
 
-A format is recognised by its columns, and within a column by the value: text or a list of messages.
+The format of a row is recognised by its columns, and within a column by the value: text or a list of messages.
 
 | read as | columns |
 |---|---|
@@ -15,7 +15,7 @@ turns.
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 from lightning.pytorch.utilities import rank_zero_only
 
 from rto_lightning.backbone.chat import Message
-from rto_lightning.data.files import Row
+from rto_lightning.data.files import MOST_CHARACTERS, BadRow, RawRow, Row
 from rto_lightning.data.sources import Table
 from rto_lightning.errors import UserError
 
@@ -58,10 +58,8 @@ class Demonstration(Prompt):
 
 
 Example = TypeVar("Example", bound=Prompt)
-
-
-class BadRow(ValueError):
-    """Why a row cannot be used; a clause without its row and file."""
+_Formats = Mapping[tuple[str, ...], Callable[[Row], Example]]
+"""What reads a row that has certain columns."""
 
 
 class BadRows:
@@ -71,6 +69,8 @@ class BadRows:
         self.table = table
         self.setting = setting
         self.count = 0
+        self.first: tuple[int, str] | None = None
+        """The first of them, and why."""
 
     def add(self, index: int, reason: str) -> None:
         """Takes note of row `index` (from 0).
@@ -81,6 +81,7 @@ class BadRows:
         if self.setting == "error":
             raise UserError(f"{self.table.place(index)}: {reason}; correct it, or set data.bad_rows to `skip`.")
         self.count += 1
+        self.first = min(self.first or (index, reason), (index, reason))
 
 
 @rank_zero_only
@@ -95,9 +96,9 @@ def preference_reader(table: Table) -> Callable[[Row], Preference]:
     Raises:
         UserError: If the columns are none of such a data set.
     """
-    if not _has(table, "chosen", "rejected"):
-        raise _missing(table, "`chosen` and `rejected`, with `prompt` or with the prompt inside them")
-    return _preference
+    expected = "`chosen` and `rejected`, with `prompt` or with the prompt inside them"
+    formats: _Formats[Preference] = {("chosen", "rejected"): _preference}
+    return _reader(table, formats, expected)
 
 
 def prompt_reader(table: Table) -> Callable[[Row], Prompt]:
@@ -106,15 +107,13 @@ def prompt_reader(table: Table) -> Callable[[Row], Prompt]:
     Raises:
         UserError: If there is no column with prompts.
     """
-    if _has(table, "context_messages"):
-        return _prompt_from_context
-    if _has(table, "chosen"):
-        return _prompt_of_preference
-    if _has(table, "prompt"):
-        return _prompt
-    if _has(table, "messages"):
-        return _prompt_of_messages
-    raise _missing(table, "one of `prompt`, `messages`, `context_messages` and `chosen`")
+    formats: _Formats[Prompt] = {
+        ("context_messages",): _prompt_from_context,
+        ("chosen",): _prompt_of_preference,
+        ("prompt",): _prompt,
+        ("messages",): _prompt_of_messages,
+    }
+    return _reader(table, formats, "one of `prompt`, `messages`, `context_messages` and `chosen`")
 
 
 def demonstration_reader(table: Table) -> Callable[[Row], Demonstration]:
@@ -123,14 +122,15 @@ def demonstration_reader(table: Table) -> Callable[[Row], Demonstration]:
     Raises:
         UserError: If the columns are none of such a data set.
     """
-    for columns in (("prompt", "response"), ("prompt", "completion"), ("messages",), ("chosen",)):
-        if _has(table, *columns):
-            return partial(_demonstration, column=columns[-1])
-    raise _missing(table, "`prompt` with `response` or `completion`, or `messages`, or `chosen`")
+    formats: _Formats[Demonstration] = {
+        columns: partial(_demonstration, column=columns[-1])
+        for columns in (("prompt", "response"), ("prompt", "completion"), ("messages",), ("chosen",))
+    }
+    return _reader(table, formats, "`prompt` with `response` or `completion`, or `messages`, or `chosen`")
 
 
 def read_rows(
-    read: Callable[[Row], Example], rows: Iterable[tuple[int, Row]], bad_rows: BadRows
+    read: Callable[[Row], Example], rows: Iterable[tuple[int, RawRow]], bad_rows: BadRows
 ) -> list[tuple[int, Example]]:
     """The usable ones of some rows, each with its index in the table.
 
@@ -145,22 +145,44 @@ def read_rows(
     examples = []
     for index, row in rows:
         try:
-            examples.append((index, read(row)))
+            if isinstance(row, BadRow):
+                raise row
+            example = read(row)
+            _check_texts(example)
+            examples.append((index, example))
         except BadRow as reason:
             bad_rows.add(index, str(reason))
     return examples
 
 
-def _has(table: Table, *columns: str) -> bool:
-    return set(columns) <= set(table.columns)
-
-
-def _missing(table: Table, expected: str) -> UserError:
-    found = ", ".join(f"`{column}`" for column in table.columns)
-    return UserError(f"{table.name} has the columns {found}, but needs {expected}; rename or add columns.")
+def _reader(table: Table, formats: _Formats[Example], expected: str) -> Callable[[Row], Example]:
+    """What reads each row by the first of the formats whose columns it has; of a table that has those of one."""
+    of_table = next((read for columns, read in formats.items() if set(columns) <= set(table.columns)), None)
+    if of_table is None:
+        found = ", ".join(f"`{column[:40]}`" for column in table.columns[:20]) or "none"
+        raise UserError(f"{table.name} has the columns {found}, but needs {expected}; rename or add columns.")
+    return partial(_read_row, formats, of_table)
 
 
 # One row.
+
+
+def _read_row(formats: _Formats[Example], otherwise: Callable[[Row], Example], row: Row) -> Example:
+    # By its own columns, so that no single row with others makes all the rest bad.
+    read = next((read for columns, read in formats.items() if row.keys() >= set(columns)), otherwise)
+    return read(row)
+
+
+def _check_texts(example: Prompt) -> None:
+    """Refuses what no tokenizer takes."""
+    answers = (text for text in vars(example).values() if isinstance(text, str))
+    text = "".join([*(message["content"] for message in example.prompt), *answers])
+    if len(text) > MOST_CHARACTERS:
+        raise BadRow(f"its texts have more than {MOST_CHARACTERS} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"a text has the lone surrogate {text[error.start]!r}, which is no character") from error
 
 
 def _preference(row: Row) -> Preference:
@@ -270,7 +292,7 @@ def _message(message: Any, column: str) -> Message:
     if not isinstance(role, str) or not isinstance(content, str):
         raise BadRow(f"a message of `{column}` has no `role` and `content` of text")
     if role not in ROLES:
-        raise BadRow(f"a message of `{column}` has the role {role!r}, which is none of {', '.join(ROLES)}")
+        raise BadRow(f"a message of `{column}` has the role {role[:40]!r}, which is none of {', '.join(ROLES)}")
     return {"role": role, "content": content}
 
 

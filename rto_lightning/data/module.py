@@ -17,7 +17,7 @@ from rto_lightning.data.rows import TokenizedRows
 from rto_lightning.data.sources import Table, load_table
 from rto_lightning.data.store import tokenized_rows
 from rto_lightning.data.streaming import StreamedBatches, StreamingLoader
-from rto_lightning.data.tokenizing import Encoded, RowTokenizer, compact, no_answers
+from rto_lightning.data.tokenizing import Encoded, RowTokenizer, compact, in_parts, no_answers
 from rto_lightning.errors import UserError
 from rto_lightning.seeding import run_seed
 
@@ -47,8 +47,8 @@ class ChatDataModule(LightningDataModule):
         eval_batch_size: Rows of every other batch, on each device; None for `batch_size`.
         max_train_rows: Only the first this many rows of `train`; None for all.
         max_eval_rows: Only the first this many rows of each other source; None for all.
-        bad_rows: `error` stops at the first row that is empty or malformed, `skip` leaves such rows out and
-            logs their number.
+        bad_rows: `error` stops at the first row that is empty or malformed or cannot be read, `skip` leaves such rows
+            out and logs their number.
         num_workers: Processes that put batches together; 0 does it in the main one.
         seed: The order of the training rows follows from it and the epoch; null takes `seed_everything`.
         tokenize_workers: Processes that tokenize; null for one up to 20,000 rows and then one a processor.
@@ -283,7 +283,8 @@ class AnswerDataModule(ChatDataModule):
 
 def encode_answers(chat: ChatTokenizer, texts: Sequence[str], max_response_tokens: int) -> list[array]:
     """Ids of N answers, cut at the limit."""
-    return [compact(ids) for ids in chat.encode_responses(texts, max_response_tokens)]
+    parts = in_parts(texts, len)
+    return [compact(ids) for part in parts for ids in chat.encode_responses(part, max_response_tokens)]
 
 
 def _check_positive(name: str, value: int | None) -> None:

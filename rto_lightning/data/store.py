@@ -13,6 +13,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -24,13 +25,13 @@ from datasets.table import InMemoryTable, MemoryMappedTable
 from tqdm import tqdm
 
 from rto_lightning.backbone.chat import ChatTokenizer
-from rto_lightning.data.files import Row
+from rto_lightning.data.files import RawRow, reason_of
 from rto_lightning.data.formats import warn
 from rto_lightning.data.rows import RowT, TokenizedRows, row_schema, to_arrow
 from rto_lightning.data.tokenizing import Counts, RowTokenizer
 from rto_lightning.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when the same raw rows give other tokenized ones than before."""
 IN_MEMORY_BYTES = 64 * 2**20
 """Up to this size tokenized rows are kept in memory."""
@@ -44,9 +45,9 @@ MOST_WORKERS = 16
 SECONDS_WITHOUT_BAR = 5.0
 SECONDS_BETWEEN_LINES = 30.0
 """Of the bar, where it is no terminal that shows it."""
-ROWS, REMARKS = "rows.arrow", "remarks.json"
+ROWS, ABOUT = "rows.arrow", "about.json"
 
-Chunk = list[tuple[int, Row]]
+Chunk = list[tuple[int, RawRow]]
 """Raw rows, each with its index in the table."""
 TokenizedChunk = tuple[pa.RecordBatch, Counts]
 
@@ -66,13 +67,17 @@ def tokenized_rows(tokenizer: RowTokenizer[Any, RowT], workers: int | None, **se
     """
     key = _key(tokenizer, settings)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "rto_lightning" / key
-    if not folder.is_dir():
-        rows = _tokenize(tokenizer, workers, folder)
-        if rows is not None:
-            return rows
-    for line in json.loads((folder / REMARKS).read_text()):
-        warn(line)
-    return TokenizedRows(MemoryMappedTable.from_file(str(folder / ROWS)), tokenizer.kind)
+    if folder.is_dir():
+        try:
+            return _read(folder, tokenizer.kind)
+        except _DAMAGES as error:
+            warn(f"{folder} is damaged ({reason_of(error)}); its rows are tokenized again.")
+            shutil.rmtree(folder, ignore_errors=True)
+    rows = _tokenize(tokenizer, workers, folder)
+    try:
+        return _read(folder, tokenizer.kind) if rows is None else rows
+    except _DAMAGES as error:
+        raise UserError(f"{folder} is damaged ({reason_of(error)}) and cannot be replaced; delete it.") from error
 
 
 def _key(tokenizer: RowTokenizer[Any, Any], settings: dict[str, Any]) -> str:
@@ -137,6 +142,8 @@ def _counted(tokenizer: RowTokenizer[Any, RowT], workers: int | None, counts: Co
             counts.add(of_part)
             bar.update(CHUNK_ROWS)
             yield part
+    if tokenizer.table.changed:
+        raise UserError(f"{tokenizer.table.name} changed while it was read; start again once nothing writes to it.")
 
 
 def _tokenized_chunks(tokenizer: RowTokenizer[Any, RowT], workers: int | None) -> Iterator[TokenizedChunk]:
@@ -167,6 +174,10 @@ def _in_processes(
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "A process that tokenizes has died, as happens when memory runs out; lower data.tokenize_workers."
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -210,15 +221,35 @@ def _tokenize_chunk(tokenizer: RowTokenizer[Any, Any], chunk: Chunk) -> Tokenize
 # The file.
 
 
+_DAMAGES = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)
+"""What files that were cut or overwritten raise when they are read."""
+
+
+def _read(folder: Path, kind: type[RowT]) -> TokenizedRows[RowT]:
+    """The rows that `_write` wrote, with their remarks logged."""
+    about, path = json.loads((folder / ABOUT).read_text()), folder / ROWS
+    if path.stat().st_size != about["bytes"]:
+        raise ValueError(f"{ROWS} has {path.stat().st_size} bytes instead of {about['bytes']}")
+    table = MemoryMappedTable.from_file(str(path))
+    if table.schema != row_schema(kind):
+        raise ValueError(f"{ROWS} has other columns")
+    for line in about["remarks"]:
+        warn(line)
+    return TokenizedRows(table, kind)
+
+
 def _write(parts: Iterable[pa.RecordBatch], schema: pa.Schema, folder: Path, remarks: Callable[[], list[str]]) -> None:
     """Writes a folder that appears whole or not at all; who is second leaves that of the first."""
     draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     try:
         draft.mkdir(parents=True)
-        with pa.OSFile(str(draft / ROWS), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for part in parts:
-                writer.write_batch(part)
-        (draft / REMARKS).write_text(json.dumps(remarks()))
+        with (draft / ROWS).open("wb") as file:
+            with pa.ipc.new_stream(file, schema) as writer:
+                for part in parts:
+                    writer.write_batch(part)
+            os.fsync(file.fileno())  # else a machine that loses power may keep the name and lose the contents
+        about = {"bytes": (draft / ROWS).stat().st_size, "remarks": remarks()}
+        (draft / ABOUT).write_text(json.dumps(about))
         try:
             draft.rename(folder)
         except OSError:

@@ -40,14 +40,14 @@ class Position:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A process's share of a batch."""
+    """A process's share of a batch, or what is behind the last one of a pass."""
 
     batch: Any
-    """What the data module collated."""
+    """What the data module collated; None behind the last batch."""
     end: Position
     """Where the whole batch ends."""
     counts: Counts
-    """Of the rows that were read in this pass up to it."""
+    """Of the rows that were read in this pass up to it, or a little beyond."""
 
 
 class StreamedBatches(IterableDataset[Streamed | UserError], Generic[Example, RowT]):
@@ -92,18 +92,18 @@ class StreamedBatches(IterableDataset[Streamed | UserError], Generic[Example, Ro
         number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         try:
             for rows, end, counts in islice(self._batches(), number, None, count):
-                batch = self.collate(self.tokenizer.encode(self.tokenizer.chat, rows[self.share]))
-                yield Streamed(batch, end, counts)
+                encoded = self.tokenizer.encode(self.tokenizer.chat, rows[self.share])
+                yield Streamed(self.collate(encoded) if rows else None, end, counts)
         except UserError as error:
             yield error
 
     def _batches(self) -> Iterator[tuple[list[Encoded[Example]], Position, Counts]]:
-        """Full batches of usable rows, where each ends, and the counts up to there or a little beyond."""
+        """Full batches of usable rows and an empty one, where each ends, and the counts up to there."""
         seed = derive_seed(self.seed, "stream", self.start.epoch)
         shuffled = shuffle(enumerate(self.tokenizer.table.rows), self.buffer_rows, seed)
         places = enumerate(islice(shuffled, self.start.rows, None), start=self.start.rows + 1)
         waiting: list[tuple[Encoded[Example], int]] = []
-        counts = Counts()
+        counts, end = Counts(), self.start
         while rows := list(islice(places, _ROWS_AT_ONCE)):
             usable, of_rows = self.tokenizer.usable(row for _, row in rows)
             counts.add(of_rows)
@@ -111,9 +111,23 @@ class StreamedBatches(IterableDataset[Streamed | UserError], Generic[Example, Ro
             waiting += [(row, places_of[row.index]) for row in usable]
             while len(waiting) >= self.batch_size:
                 batch, waiting = waiting[: self.batch_size], waiting[self.batch_size :]
-                commonest = Counter(dict(counts.answers.most_common(1)))
                 end = replace(self.start, rows=batch[-1][1])
-                yield [row for row, _ in batch], end, replace(counts, answers=commonest)
+                yield [row for row, _ in batch], end, _to_send(counts)
+        if end.rows == 0:
+            raise self._too_few(counts)
+        yield [], end, _to_send(counts)
+
+    def _too_few(self, counts: Counts) -> UserError:
+        tokenizer = self.tokenizer
+        return UserError(
+            f"data.batch_size {self.batch_size} is larger than the data: {tokenizer.table.name} has fewer usable rows, "
+            f"{tokenizer.unusable(counts)}; lower it, correct them or raise the limit."
+        )
+
+
+def _to_send(counts: Counts) -> Counts:
+    """A copy without all answers but the commonest."""
+    return replace(counts, answers=Counter(dict(counts.answers.most_common(1))))
 
 
 def shuffle(items: Iterable[Item], buffer_size: int, seed: int) -> Iterator[Item]:
@@ -137,7 +151,8 @@ def shuffle(items: Iterable[Item], buffer_size: int, seed: int) -> Iterator[Item
 class StreamingLoader(DataLoader[Any]):
     """The batches of a stream, pass after pass: each iteration goes on where the last processed batch ended.
 
-    The remarks on the rows, such as how many were dropped, are logged at the end of the first pass.
+    The remarks on the rows, such as how many were dropped, are logged at the end of the first pass; and how many are
+    bad already when the first, the tenth, the hundredth and so on is met, since a pass may be longer than the run.
 
     Args:
         batches: The stream.
@@ -151,6 +166,8 @@ class StreamingLoader(DataLoader[Any]):
         self.trainer = trainer
         self._read = 0
         self._remarked = False
+        self._next_bad = 1
+        """The number of bad rows to tell of next."""
         self._positions = {0: Position()}
         """Where the stream stands after so many batches; of those that were read and not yet processed."""
 
@@ -167,12 +184,14 @@ class StreamingLoader(DataLoader[Any]):
         for item in super().__iter__():
             if isinstance(item, UserError):
                 raise item
-            self._read, counts = self._read + 1, item.counts
+            counts = item.counts
+            self._tell_bad(counts)
+            if item.batch is None:
+                break
+            self._read += 1
             self._positions = {count: end for count, end in self._positions.items() if count >= self._processed()}
             self._positions[self._read] = item.end
             yield item.batch
-        if self._read == first and start.rows == 0:
-            raise self._too_few()
         if not self._remarked:
             self._remarked = True
             for line in self.batches.tokenizer.remarks(counts):
@@ -201,12 +220,10 @@ class StreamingLoader(DataLoader[Any]):
     def _processed(self) -> int:
         return self._read if self.trainer is None else processed_batches(self.trainer)
 
-    def _too_few(self) -> UserError:
-        name = self.batches.tokenizer.table.name
-        return UserError(
-            f"data.batch_size {self.batches.batch_size} is larger than the data: {name} has fewer usable rows; lower "
-            "it, or raise data.max_prompt_tokens if most prompts are longer."
-        )
+    def _tell_bad(self, counts: Counts) -> None:
+        if counts.bad >= self._next_bad:
+            warn(self.batches.tokenizer.bad_remark(counts))
+            self._next_bad = 10 ** len(str(counts.bad))
 
 
 def _same(item: Any) -> Any:

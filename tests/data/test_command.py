@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from rto_lightning.cli import main
 
@@ -33,7 +34,7 @@ def command(tiny_model, jsonl, tmp_path):
 def test_shards_are_streamed_through_several_passes(command, tmp_path):
     assert command("--trainer.max_steps=5", "--data.shuffle_buffer_rows=3") == 0
     [checkpoint] = (tmp_path / "run").rglob("*step=5.ckpt")
-    assert checkpoint.name.startswith("epoch=1-")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] >= 1
 
 
 def test_a_stream_without_an_end_is_refused_in_one_sentence(command, capsys):

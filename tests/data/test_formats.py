@@ -1,6 +1,8 @@
 import pickle
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rto_lightning.data.formats import (
     BadRows,
@@ -133,6 +135,20 @@ def test_demonstrations(row, prompt):
     assert one(demonstration_reader, row) == Demonstration(prompt, "a")
 
 
+@pytest.mark.parametrize("reader", [prompt_reader, demonstration_reader])
+def test_rows_of_one_table_may_have_different_columns(reader):
+    rows = [
+        {"prompt": "Hi", "chosen": "a", "rejected": "b"},
+        {"messages": [*HI, assistant("a")]},
+        {"prompt": "Hi", "response": "a"},
+        {"context_messages": HI, "prompt": "Hi", "completion": "a"},
+    ]
+    for order in (rows, rows[::-1]):
+        examples = [example for _, example in read(reader, *order)]
+        assert examples == [reader(Table("one", list(row), [row]))(row) for row in order]
+        assert all(example.prompt == HI for example in examples)
+
+
 def test_an_answers_spaces_are_kept():
     assert one(preference_reader, {"prompt": "Hi", "chosen": " a\n", "rejected": "b"}).chosen == " a\n"
 
@@ -232,6 +248,29 @@ def test_a_bad_row_is_named_or_skipped(reader, row, reason):
     assert reason in str(error.value)
     assert str(error.value).endswith("; correct it, or set data.bad_rows to `skip`.")
     assert [index for index, _ in read(reader, row, good, bad_rows="skip")] == [1]
+
+
+COLUMNS = ["prompt", "chosen", "rejected", "messages", "context_messages", "response", "completion"]
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("\ud800"),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "x"]) | st.text(max_size=3), inner, max_size=3)
+        | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "bot"]), "content": inner})
+    ),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("reader", [preference_reader, prompt_reader, demonstration_reader])
+@given(row=st.dictionaries(st.sampled_from(COLUMNS), anything))
+def test_whatever_a_row_holds_it_is_read_or_bad(reader, row):
+    good = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
+    examples = read(reader, good, row, bad_rows="skip")
+    assert examples[0][0] == 0
+    for _, example in examples:
+        assert example.prompt[-1]["role"] in ("user", "tool")
+        assert all(isinstance(message["content"], str) for message in example.prompt)
 
 
 def test_skipped_rows_are_counted():

@@ -145,7 +145,9 @@ class TestBadRows:
         data.chat = chat
         data.setup("test")
         assert len(data.rows["test"]) == 3
-        assert caplog.messages == [f"{source}: skipped 1 bad rows."]
+        assert caplog.messages == [
+            f"{source}: skipped 1 bad rows, the first of them Row 4 of {source}: the answer in `chosen` is empty."
+        ]
 
     def test_a_prompt_that_the_template_refuses_is_one(self, jsonl):
         refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

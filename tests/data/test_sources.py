@@ -52,10 +52,10 @@ def test_columns_are_those_of_any_row(tmp_path):
 
 def test_rows_are_read_when_they_are_asked_for(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n' * 1000 + "no JSON\n")
+    path.write_text('{"a": 1}\n' * 1000)
     rows = iter(load_table(str(path)).rows)
-    assert [next(rows) for _ in range(1000)] == [{"a": 1}] * 1000
-    with pytest.raises(UserError, match=r"Row 1001 of .* is not JSON"):
+    path.unlink()
+    with pytest.raises(UserError, match=r"rows\.jsonl cannot be read \(.*No such file"):
         next(rows)
 
 
@@ -81,6 +81,21 @@ class TestSeveralFiles:
         places = [f"Row 1 of {folder / 'a'}", f"Row 2 of {folder / 'a'}", f"Row 1 of {folder / 'b'}"]
         assert [table.place(index) for index in range(3)] == [place + extension for place in places]
         assert load_table(f"{folder}/a{extension}").place(1) == f"Row 2 of {folder}/a{extension}"
+
+    def test_a_row_is_told_though_the_file_has_changed(self, shards):
+        folder, extension = shards
+        source = f"{folder}/*{extension}"
+        table = load_table(source)
+        assert not table.changed
+        (folder / "a").with_suffix(extension).unlink()
+        assert table.changed
+        assert table.place(3) == f"Row 4 of {source}"
+
+    def test_a_folder_among_them_is_named(self, shards):
+        folder, extension = shards
+        (folder / f"d{extension}").mkdir()
+        with pytest.raises(UserError, match=rf"d\{extension} is not a file that can be read again and again"):
+            load_table(f"{folder}/*{extension}")
 
     def test_of_one_kind(self, tmp_path):
         write(tmp_path / "a.jsonl")
@@ -143,6 +158,20 @@ class TestFolders:
         datasets.DatasetDict(train=data).save_to_disk(tmp_path / "saved")
         assert list(load_table(str(tmp_path / "saved")).rows) == ROWS
 
+    @pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+    @pytest.mark.parametrize("kept", [None, 0, 20])
+    def test_damaged_ones_are_named(self, tmp_path, data, name, kept):
+        saved = tmp_path / "saved"
+        data.save_to_disk(saved)
+        content = (saved / name).read_bytes()
+        (saved / name).unlink()
+        if kept is not None:
+            (saved / name).write_bytes(content[:kept])
+        elif name == "state.json":
+            name = ""  # without it the folder is none that was saved
+        with pytest.raises(UserError, match="is damaged|cannot be read beyond row 0" if name else "saved"):
+            load_table(str(saved))
+
     def test_other_folders_are_refused(self, tmp_path):
         with pytest.raises(UserError, match=r"a folder that datasets\.save_to_disk did not write"):
             load_table(str(tmp_path))
@@ -174,6 +203,19 @@ class TestHub:
         assert (list(table.rows), table.columns, table.fingerprint) == (ROWS[:1], ["prompt", "chosen"], "")
         assert calls == [("org/pairs", {"split": "train", "streaming": True})]
 
+    def test_a_download_that_breaks_off_tells_how_far_it_went(self, monkeypatch):
+        class Broken(datasets.IterableDataset):
+            def __init__(self):
+                pass
+
+            def iter(self, batch_size):
+                yield {"prompt": ["Hi", "Ho"]}
+                raise ConnectionError("reset\n by peer")
+
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, **settings: Broken())
+        with pytest.raises(UserError, match=r"^org/pairs cannot be read beyond row 2 \(reset by peer\); try again\.$"):
+            load_table("org/pairs:train", streaming=True)
+
     def test_a_name_without_one_lists_the_splits(self, calls):
         with pytest.raises(UserError, match=r"org/pairs has the splits a, b; write one as `org/pairs:a`\."):
             load_table("org/pairs")
@@ -192,22 +234,44 @@ def test_a_missing_file_is_named(source):
         load_table(source)
 
 
+class TestWhatIsNoFile:
+    def test_a_pipe(self, tmp_path):
+        os.mkfifo(tmp_path / "rows.jsonl")
+        with pytest.raises(UserError, match=r"rows\.jsonl is not a file that can be read again and again"):
+            load_table(str(tmp_path / "rows.jsonl"))
+
+    @pytest.mark.parametrize("target", ["gone.jsonl", "rows.jsonl"])
+    def test_a_link_to_nothing_or_itself(self, tmp_path, target):
+        (tmp_path / "rows.jsonl").symlink_to(tmp_path / target)
+        with pytest.raises(UserError, match=r"There is no file or folder '.*rows\.jsonl'"):
+            load_table(str(tmp_path / "rows.jsonl"))
+        with pytest.raises(UserError, match=r"rows\.jsonl is not a file that can be read again and again"):
+            load_table(f"{tmp_path}/*.jsonl")
+
+    @pytest.mark.parametrize("source", ["x" * 5000, "~nobody-of-that-name/rows.jsonl", "a/" * 3000])
+    def test_a_name_that_cannot_be(self, source):
+        with pytest.raises(UserError, match=r"cannot be read \(.*\); correct the path"):
+            load_table(source)
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")
+    def test_a_file_of_someone_else(self, tmp_path):
+        write(tmp_path / "rows.jsonl")
+        (tmp_path / "rows.jsonl").chmod(0)
+        with pytest.raises(UserError, match=r"rows\.jsonl cannot be read \(.*Permission denied"):
+            load_table(str(tmp_path / "rows.jsonl"))
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        (
-            "a.jsonl",
-            '{"a": 1}\n{"a": \n',
-            r"Row 2 of .*a\.jsonl is not JSON \(.*\); write one JSON object a line\.",
-        ),
-        ("a.jsonl", "[1]\n", r"Row 1 of .*a\.jsonl is not a JSON object"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl has no row that can be read: Row 1 of .*: it is not a JSON object; correct"),
         (
             "a.json",
             '{"a": 1}\n{"a": 2}\n',
             r"a\.json is not JSON \(.*\); name it \.jsonl if it has one object a line",
         ),
         ("a.json", '{"a": 1}', r"a\.json is not a JSON list of objects"),
-        ("a.json", "[1]", r"a\.json is not a JSON list of objects"),
+        ("a.json", "[1]", r"a\.json has no row that can be read: Row 1 of .*: it is not a JSON object; correct"),
         ("a.parquet", "text", r"a\.parquet cannot be read \(.*\); check the file\."),
         (
             "a.txt",
@@ -216,7 +280,7 @@ def test_a_missing_file_is_named(source):
         ),
         ("a.jsonl", "", r"a\.jsonl has no rows"),
         ("a.csv", "prompt,chosen\n", r"a\.csv has no rows"),
-        ("a.jsonl", b"\xff\xfe", r"a\.jsonl is not UTF-8 text"),
+        ("a.json", b'[{"a": "\xff"}]', r"a\.json is not UTF-8 text"),
     ],
 )
 def test_what_cannot_be_read_is_told(tmp_path, name, content, message):

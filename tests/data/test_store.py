@@ -1,5 +1,8 @@
+import errno
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from types import SimpleNamespace
 
@@ -62,7 +65,7 @@ class TestCache:
         assert list(load(source, chat, kind)) == in_file
         assert caplog.messages == remarks
         assert remarks[-2:] == [
-            f"{source}: skipped 1 bad rows.",
+            f"{source}: skipped 1 bad rows, the first of them Row 1 of {source}: the prompt in `prompt` is empty.",
             f"{source}: dropped 5 prompts of more than 60 tokens.",
         ]
         assert (f"in 25 of 49 pairs ({CONSTANT!r}..." in caplog.text) == (kind is PreferenceDataModule)
@@ -119,6 +122,74 @@ class TestCache:
         assert rows.table.path == str(folder / store.ROWS)
         assert len(rows) == 45
 
+    @pytest.mark.parametrize(
+        "name, content",
+        [
+            ("ROWS", lambda whole: b""),
+            ("ROWS", lambda whole: whole[:-1]),
+            ("ROWS", lambda whole: whole[: len(whole) // 2]),
+            ("ROWS", lambda whole: bytes(len(whole))),
+            ("ROWS", None),
+            ("ABOUT", lambda whole: b""),
+            ("ABOUT", lambda whole: b"[]"),
+            ("ABOUT", lambda whole: b"{}"),
+            ("ABOUT", lambda whole: b"\xff"),
+            ("ABOUT", None),
+        ],
+    )
+    def test_a_damaged_file_is_made_anew(self, chat, jsonl, cache, caplog, name, content):
+        source = jsonl(pairs(50))
+        whole = list(load(source, chat))
+        [folder] = cache.iterdir()
+        path = folder / getattr(store, name)
+        damaged = content(path.read_bytes()) if content else None
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        caplog.clear()
+        assert list(load(source, chat)) == whole
+        assert caplog.messages[0].startswith(f"{folder} is damaged (")
+        caplog.clear()
+        assert list(load(source, chat)) == whole
+        assert "is damaged" not in caplog.text
+
+    def test_a_damaged_file_that_cannot_be_replaced_is_named(self, chat, jsonl, cache, monkeypatch):
+        source = jsonl(pairs(50))
+        load(source, chat)
+        [folder] = cache.iterdir()
+        (folder / store.ABOUT).write_text("{}")
+        monkeypatch.setattr(store.shutil, "rmtree", lambda folder, ignore_errors: None)
+        with pytest.raises(UserError, match=rf"{folder} is damaged \(.*\) and cannot be replaced; delete it\."):
+            load(source, chat)
+
+    def test_a_full_disk_is_told_and_leaves_nothing(self, chat, jsonl, cache, monkeypatch):
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"cannot be written to .* \(.*No space left.*\); set HF_DATASETS_CACHE to"):
+            load(jsonl(pairs(50)), chat)
+        assert list(cache.iterdir()) == []
+
+    @pytest.mark.parametrize("in_memory", [100, 10**6])
+    @pytest.mark.parametrize("change", ["cut", "unlink"])
+    def test_a_source_that_changes_while_it_is_read_is_refused(
+        self, chat, jsonl, cache, monkeypatch, in_memory, change
+    ):
+        source = jsonl(pairs(50))
+        monkeypatch.setattr(store, "IN_MEMORY_BYTES", in_memory)
+        behind = store._tokenize_chunk
+
+        def changing(*args):
+            with suppress(FileNotFoundError):
+                os.unlink(source) if change == "unlink" else os.truncate(source, 2000)
+            return behind(*args)
+
+        monkeypatch.setattr(store, "_tokenize_chunk", changing)
+        with pytest.raises(UserError, match=r"rows\.jsonl changed while it was read; start again once nothing writes"):
+            load(source, chat, tokenize_workers=1)
+        assert not cache.exists() or list(cache.iterdir()) == []
+
     def test_a_folder_that_cannot_be_written_to_is_named(self, chat, jsonl, cache):
         cache.parent.mkdir()
         cache.touch()
@@ -132,7 +203,7 @@ class TestWorkers:
         alone, remarks = list(load(source, chat, tokenize_workers=1)), caplog.messages[:]
         for folder in cache.iterdir():
             (folder / store.ROWS).unlink()
-            (folder / store.REMARKS).unlink()
+            (folder / store.ABOUT).unlink()
             folder.rmdir()
         caplog.clear()
         assert list(load(source, chat, tokenize_workers=2)) == alone
@@ -144,6 +215,25 @@ class TestWorkers:
         rows[45]["chosen"] = rows[47]["rejected"] = ""
         with pytest.raises(UserError, match=r"Row 46 of .*rows\.jsonl: the answer in `chosen` is empty"):
             load(jsonl(rows), chat, bad_rows="error", tokenize_workers=workers)
+
+    def test_one_that_is_killed_is_told(self, chat, jsonl, cache, monkeypatch):
+        monkeypatch.setattr(store, "_tokenize_chunk", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(UserError, match=r"A process that tokenizes has died, .*; lower data\.tokenize_workers\."):
+            load(jsonl(pairs(50)), chat, tokenize_workers=2)
+
+    @pytest.mark.parametrize("bad_rows", ["error", "skip"])
+    def test_rows_that_cannot_be_read_go_to_them(self, chat, tmp_path, cache, caplog, bad_rows):
+        lines = ['{"prompt": "p", "chosen": "c", "rejected": "r"}'] * 30
+        lines[20] = "{"
+        lines[21] = lines[21][:-1] + ', "extra": ' + "[" * 90 + "]" * 90 + "}"
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(lines))
+        if bad_rows == "skip":
+            assert len(load(str(path), chat, tokenize_workers=2)) == 29
+            assert f"skipped 1 bad rows, the first of them Row 21 of {path}: it is not JSON" in caplog.text
+        else:
+            with pytest.raises(UserError, match=r"^Row 21 of .*rows\.jsonl: it is not JSON \(.*\); correct it, or set"):
+                load(str(path), chat, tokenize_workers=2, bad_rows="error")
 
     @pytest.mark.parametrize(("count", "processors", "pools"), [(12, 2, []), (13, 2, [2]), (13, 1, []), (13, 99, [16])])
     def test_left_open_they_start_with_many_rows(self, chat, jsonl, cache, monkeypatch, count, processors, pools):

@@ -1,4 +1,5 @@
 from itertools import chain, islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -218,13 +219,41 @@ class TestRefusals:
             list(stream)
 
     @pytest.mark.parametrize("workers", [0, 2])
+    def test_bad_rows_behind_the_last_batch_are_counted(self, chat, jsonl, caplog, workers):
+        source = jsonl([*numbered(128), {"prompt": ""}])
+        stream = loader(chat, source, num_workers=workers, bad_rows="skip", shuffle_buffer_rows=1)
+        assert len(list(stream)) == 32
+        bad = f"{source}: skipped 1 bad rows, the first of them Row 129 of {source}: the prompt in `prompt` is empty."
+        assert caplog.messages == [bad, bad]
+
+    def test_how_many_are_bad_is_told_before_the_pass_has_ended(self, chat, jsonl, caplog):
+        rows = [{"prompt": "" if n % 2 else f"p{n}"} for n in range(400)]
+        list(islice(loader(chat, jsonl(rows), bad_rows="skip", shuffle_buffer_rows=1), 48))
+        counts = [message.split("skipped ")[1].split()[0] for message in caplog.messages]
+        assert counts == ["32", "128"]  # 64 rows are read at a time
+
+    def test_a_pass_without_a_batch_tells_why(self, chat, jsonl):
+        rows = [{"prompt": ""}, {"prompt": LONG}, {"prompt": "Hi"}]
+        with pytest.raises(
+            UserError, match=r"fewer usable rows, 1 are bad \(the first is Row 1 of .*\) and 1 have a prompt"
+        ):
+            list(loader(chat, jsonl(rows), bad_rows="skip"))
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_file_that_is_gone_in_the_second_pass(self, chat, jsonl, workers):
+        source = jsonl(numbered(9))
+        stream = loader(chat, source, num_workers=workers)
+        assert len(list(stream)) == 2
+        Path(source).unlink()
+        with pytest.raises(UserError, match=r"^.*rows\.jsonl cannot be read \(.*No such file or directory"):
+            list(stream)
+
+    @pytest.mark.parametrize("workers", [0, 2])
     def test_or_skipped_and_counted(self, chat, jsonl, caplog, workers):
         rows = mixed(30)
         rows[7]["prompt"] = ""
         source = jsonl(rows)
         stream = loader(chat, source, num_workers=workers, bad_rows="skip")
         assert len(list(stream)) == 4
-        assert caplog.messages == [
-            f"{source}: skipped 1 bad rows.",
-            f"{source}: dropped 10 prompts of more than 60 tokens.",
-        ]
+        bad = f"{source}: skipped 1 bad rows, the first of them Row 8 of {source}: the prompt in `prompt` is empty."
+        assert caplog.messages == [bad, bad, f"{source}: dropped 10 prompts of more than 60 tokens."]
