@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rto_lightning.backbone import Message, PolicyBackbone, Sequences
-from rto_lightning.rewards import WeightedScores
+from rto_lightning.rewards import RewardSource, WeightedScores
 from rto_lightning.rollout import Trajectory
 
 
@@ -62,8 +62,13 @@ class TrajectoryReader:
 
     def scores(self, scores: WeightedScores, trajectory: Trajectory, prompts: list[list[Message]]) -> Tensor:
         """What each of S sources says of each response, (B, S), in the units of the source."""
+        return torch.stack([self._score(source, trajectory, prompts) for source in scores.sources], dim=1)
+
+    def _score(self, source: RewardSource, trajectory: Trajectory, prompts: list[list[Message]]) -> Tensor:
+        if source.takes_all:
+            return source.score(prompts, trajectory)
         batches = by_length(trajectory.sequences).split(self.batch_size)
-        parts = [scores.score([prompts[row] for row in rows.tolist()], trajectory.rows(rows)) for rows in batches]
+        parts = [source.score([prompts[row] for row in rows.tolist()], trajectory.rows(rows)) for rows in batches]
         return _in_order(parts, batches)
 
     def _read(self, trajectory: Trajectory, read: Callable[[Sequences], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

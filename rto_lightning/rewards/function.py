@@ -1,7 +1,6 @@
 """Scores by a Python function."""
 
 import importlib
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,12 +18,14 @@ class FunctionReward:
 
     Args:
         path: where to import it; it is called as `function(prompts, responses)` with B message lists and B strings and
-            returns B finite numbers.
+            returns B numbers; the stage decides about one that is not finite.
         chat: turns response tokens into text.
 
     Raises:
         UserError: if there is no such function.
     """
+
+    takes_all = False
 
     def __init__(self, path: str, chat: ChatTokenizer) -> None:
         self.name = path
@@ -39,12 +40,6 @@ class FunctionReward:
             raise UserError(
                 f"{self.name} returned {len(scores)} scores for {len(prompts)} responses; it must return one for each."
             )
-        for number, score in enumerate(scores):
-            if not math.isfinite(score):
-                raise UserError(
-                    f"{self.name} returned {score} for response {number} ({responses[number][:60]!r}); "
-                    "scores must be finite."
-                )
         return torch.tensor(scores, dtype=torch.float32, device=trajectory.truncated.device)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from rto_lightning.backbone import ChatTokenizer, Message, Sequences
-from rto_lightning.backbone.loading import load_chat_tokenizer_from
+from rto_lightning.backbone.loading import load_chat_tokenizer_from, load_pretrained
 from rto_lightning.errors import UserError
 from rto_lightning.rollout import Trajectory, response_texts
 
@@ -23,18 +23,15 @@ class OutsideRewardModel(nn.Module):
         UserError: if the model cannot be loaded or gives more than one score.
     """
 
+    takes_all = False
+
     def __init__(self, model: str, policy_chat: ChatTokenizer, dtype: torch.dtype, max_tokens: int = 2048) -> None:
         super().__init__()
         self.name = model
         self.policy_chat = policy_chat
         self.max_tokens = max_tokens
         self.chat = load_chat_tokenizer_from(model)
-        try:
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                model, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"the reward model {model} could not be loaded: {str(error).splitlines()[0]}") from error
+        self.model = load_pretrained(AutoModelForSequenceClassification, model, dtype=dtype)
         if self.model.config.num_labels != 1:
             raise UserError(
                 f"the reward model {model} has {self.model.config.num_labels} labels; "

@@ -15,6 +15,8 @@ class RoleReward:
         source: where the role was saved, for messages.
     """
 
+    takes_all = False
+
     def __init__(self, backbone: PolicyBackbone, role: str, source: str) -> None:
         self.backbone = backbone
         self.role = role

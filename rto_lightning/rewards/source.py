@@ -13,6 +13,8 @@ class RewardSource(Protocol):
 
     name: str
     """What messages call it."""
+    takes_all: bool
+    """Whether it is given all responses at once, and not as many at a time as a forward on the device."""
 
     def score(self, prompts: list[list[Message]], trajectory: Trajectory) -> Tensor:
         """Score each response.
@@ -25,6 +27,6 @@ class RewardSource(Protocol):
             Scores (B,) float32 on the trajectory's device, in the source's own units; higher is better.
 
         Raises:
-            UserError: if the source gives another number of scores, or one that is not finite.
+            UserError: if the source gives another number of scores. Of one that is NaN or infinite the stage decides.
         """
         ...

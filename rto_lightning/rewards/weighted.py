@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rto_lightning.backbone import Message
 from rto_lightning.rewards.normalization import ScoreNormalizer, score_statistics
 from rto_lightning.rewards.source import RewardSource
-from rto_lightning.rollout import Trajectory
 
 
 class WeightedScores(nn.Module):
@@ -28,15 +26,11 @@ class WeightedScores(nn.Module):
         # Outside models move to the device with this module; a list alone would hide them.
         self.models = nn.ModuleList(source for source in self.sources if isinstance(source, nn.Module))
 
-    def score(self, prompts: list[list[Message]], trajectory: Trajectory) -> Tensor:
-        """What every source says, (B, S) float32, in its own units; see :meth:`RewardSource.score`."""
-        return torch.stack([source.score(prompts, trajectory) for source in self.sources], dim=1)
-
     def combine(self, scores: Tensor) -> Tensor:
         """The weighted sum of normalised scores, (B,).
 
         Args:
-            scores: what `score` returned, (B, S).
+            scores: what every source says in its own units, (B, S) float32.
 
         Raises:
             UserError: if mean and standard deviation of a source were not measured yet.

@@ -5,6 +5,7 @@ import torch
 
 from rto_lightning.backbone import Sequences
 from rto_lightning.modules.reading import TrajectoryReader, by_length
+from rto_lightning.rewards import WeightedScores
 from rto_lightning.rollout import Trajectory
 from tests.models import make_backbone, randomize
 
@@ -29,12 +30,15 @@ def trajectory():
 class Constant:
     """Scores that tell which rows were read together, and in which order."""
 
-    def __init__(self):
+    name = "constant"
+
+    def __init__(self, takes_all):
+        self.takes_all = takes_all
         self.calls = []
 
     def score(self, prompts, trajectory):
         self.calls.append(prompts)
-        return torch.tensor([[float(prompt)] for prompt in prompts])
+        return torch.tensor([float(prompt) for prompt in prompts])
 
 
 @torch.no_grad()
@@ -54,10 +58,12 @@ def test_results_do_not_depend_on_the_batches(backbone, trajectory, batch_size):
 
 
 def test_scores_come_back_in_order_and_their_prompts_go_along(backbone, trajectory):
-    source = Constant()
-    scores = TrajectoryReader(backbone, 2).scores(source, trajectory, ["0", "1", "2", "3", "4"])
-    assert scores[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert source.calls == [["1", "2"], ["0", "4"], ["3"]]  # 10 and 10 tokens, 8 and 6, 3
+    local, elsewhere = Constant(takes_all=False), Constant(takes_all=True)
+    sources = WeightedScores([local, elsewhere], [1.0, 1.0], normalize=False)
+    scores = TrajectoryReader(backbone, 2).scores(sources, trajectory, ["0", "1", "2", "3", "4"])
+    assert scores.tolist() == [[float(n), float(n)] for n in range(5)]
+    assert local.calls == [["1", "2"], ["0", "4"], ["3"]]  # 10 and 10 tokens, 8 and 6, 3
+    assert elsewhere.calls == [["0", "1", "2", "3", "4"]]
 
 
 @torch.no_grad()
