@@ -5,7 +5,9 @@ command prints that sentence and exits with status 1; every other exception is a
 traceback.
 """
 
+import signal
 from collections.abc import Iterable
+from pickle import UnpicklingError
 
 
 class UserError(Exception):
@@ -23,6 +25,27 @@ class MissingInputError(UserError):
     def __init__(self, message: str, stage: str) -> None:
         super().__init__(message)
         self.stage = stage
+
+
+class Stopped(BaseException):
+    """A signal has ended the run in order. It is no Exception: `except Exception` of a reward function lets it pass.
+
+    Args:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+        self.saved: str | None = None
+        """The checkpoint that was saved for it."""
+        self.step = 0
+        """Optimizer steps (for RTO: iterations) that this checkpoint has behind it."""
+
+    @property
+    def exit_status(self) -> int:
+        """As shells give it for a process that the signal has ended."""
+        return 128 + self.number
 
 
 def check_settings(
@@ -44,3 +67,11 @@ def check_settings(
             value = getattr(settings, name)
             if value is not None and not (value > 0 if above else value >= 0):
                 raise UserError(f"{where}.{name} is {value}; set it {words}.")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without details and full stop."""
+    if isinstance(error, UnpicklingError) and str(error).startswith("Weights only load failed"):
+        return "it holds more than tensors and plain values, which could run code"  # torch says how to run it
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

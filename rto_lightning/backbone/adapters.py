@@ -7,6 +7,7 @@ set here, and `requires_grad` is set once, when a role is added. They are privat
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rto_lightning.backbone.fingerprints import ADAPTER_FILE
+from rto_lightning.backbone.adapter_files import read_lora_config, read_lora_weights
 from rto_lightning.backbone.lora import simplify_forward
+from rto_lightning.backbone.model_files import ADAPTER_FILE
 from rto_lightning.backbone.settings import LoraSettings
 from rto_lightning.errors import UserError
 
@@ -58,22 +60,16 @@ class AdapterBank:
         """Add an adapter from a PEFT folder.
 
         Raises:
-            UserError: if the folder is no LoRA adapter, trains more than LoRA layers, or does not fit this base.
+            UserError: if the folder is no plain LoRA adapter (see :mod:`rto_lightning.backbone.adapter_files`), or does
+                not fit this base.
         """
-        config = PeftConfig.from_pretrained(str(folder))
-        if not isinstance(config, LoraConfig) or config.modules_to_save:
-            raise UserError(f"{folder} is not a plain LoRA adapter (modules_to_save must be empty); train it anew.")
-        weights_file = folder / ADAPTER_FILE
-        if not weights_file.exists():
-            raise UserError(
-                f"{folder} has no {ADAPTER_FILE}; other weight formats are not loaded because they can run code."
-            )
+        config = read_lora_config(folder)
+        weights = read_lora_weights(folder, config)
         config.inference_mode = not trainable
-        config.lora_dropout = 0.0
         self._add(name, config, trainable)
         assert self._peft is not None
         try:
-            result: Any = set_peft_model_state_dict(self._peft, load_file(weights_file), adapter_name=name)
+            result: Any = set_peft_model_state_dict(self._peft, weights, adapter_name=name)
         except RuntimeError as error:
             raise UserError(
                 f"the adapter {folder} does not fit the base model {self.model.name_or_path}: its shapes differ."
@@ -96,11 +92,11 @@ class AdapterBank:
     def save(self, name: str, folder: Path) -> None:
         """Write one adapter as a PEFT folder."""
         assert self._peft is not None
-        config = self._peft.peft_config[name]
-        inference_mode, config.inference_mode = config.inference_mode, True
-        config.base_model_name_or_path = self.model.name_or_path
+        config: Any = copy.copy(self._peft.peft_config[name])
+        config.inference_mode, config.base_model_name_or_path = True, self.model.name_or_path
+        if isinstance(config.target_modules, set):  # in another order in every process
+            config.target_modules = sorted(config.target_modules)
         config.save_pretrained(str(folder))
-        config.inference_mode = inference_mode
         weights = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
         save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, folder / ADAPTER_FILE)
 
@@ -144,7 +140,7 @@ class AdapterBank:
                 self._peft = PeftModel(self.model, config, adapter_name=name)
             else:
                 self._peft.add_adapter(name, config)
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError, re.error) as error:
             raise UserError(
                 f"the adapter {name} cannot be put on {self.model.name_or_path}: {str(error).splitlines()[0]}"
             ) from error

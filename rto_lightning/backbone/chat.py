@@ -8,19 +8,26 @@ Conventions, for every stage and every data set:
   writes after the stop (SmolLM2 writes a newline) is not part of it. What it writes between the generation
   prompt and the content (Qwen3's empty thinking block, Llama 2's space) is.
 - A response that is cut at its limit carries no stop id.
-- Text of a response never becomes a special token, whatever it spells.
+- Text of a message or a response never becomes a control token, whatever it spells: neither a special token or a stop
+  nor another token by which the template marks a turn. What a template marks by plain text (`[/INST]`) can be spelled;
+  such texts are counted and warned of.
 """
 
 import hashlib
+import logging
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rto_lightning.backbone.control_tokens import ControlTokens, PlainMarks
 from rto_lightning.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 Message = dict[str, str]
 """One turn of a chat: `{"role": "system" | "user" | "assistant", "content": text}`."""
@@ -73,8 +80,9 @@ class ChatTokenizer:
         prefix, suffix = ("", "") if self.plain else self._probe_template()
         self.stop_ids = self._find_stop_ids(suffix, generation_config_stop_ids)
         self.pad_id = self.stop_ids[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        self._control, self._plain_marks = self._find_control_tokens()
         # An unknown word is not an attempt to spell a special token.
-        self._forbidden_ids = {*self._special_tokens.values(), *self.stop_ids} - {tokenizer.unk_token_id}
+        self._forbidden_ids = {*self._control.ids.values()} - {tokenizer.unk_token_id}
         self._anchor_ids = self._find_anchor()
         # The content is encoded together with the plain text before it (Llama 2's space joins the first
         # word), the special tokens in front of that on their own.
@@ -103,15 +111,21 @@ class ChatTokenizer:
         """`encode_prompt` for many conversations, faster than one by one."""
         if not conversations:
             return []
-        texts = [self.render_prompt(messages) for messages in conversations]
-        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        self._plain_marks.look_for(message["content"] for messages in conversations for message in messages)
+        spelled = [self._control.spelled_in(messages) for messages in conversations]
+        harmless = [messages for messages, guard in zip(conversations, spelled, strict=True) if not guard]
+        encoded = iter(self._encode_all([self.render_prompt(messages) for messages in harmless]))
+        rows = [
+            self._encode_guarded(messages) if guard else next(encoded)
+            for messages, guard in zip(conversations, spelled, strict=True)
+        ]
         if self.plain and self._adds_bos:
             bos = self.tokenizer.bos_token_id
             rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
         return rows
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation up to and with the generation prompt; `encode_prompt` encodes it."""
+        """The text of a conversation up to and with the generation prompt; `encode_prompt` gives its ids."""
         if self.plain:
             return "\n".join(message["content"] for message in messages)
         return self._render(messages, add_generation_prompt=True)
@@ -127,6 +141,7 @@ class ChatTokenizer:
 
     def encode_responses(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         """`encode_response` for many texts, faster than one by one."""
+        self._plain_marks.look_for(texts)
         contents = self._encode_contents([self._prefix_text + text for text in texts])
         rows = [[*self._prefix_ids, *content, self.stop_ids[0]] for content in contents]
         # The cut falls before the stop, so a row that is too long loses it.
@@ -194,6 +209,28 @@ class ChatTokenizer:
         newline = self._encode("\n")
         return newline if newline and self._encode("\na") != newline + self._encode("a") else []
 
+    def _find_control_tokens(self) -> tuple[ControlTokens, PlainMarks]:
+        """The control tokens, and what the template writes between two turns where it writes none of them."""
+        tokens = dict(self._special_tokens)
+        tokens |= {str(self.tokenizer.convert_ids_to_tokens(index)): index for index in self.stop_ids}
+        if self.plain:
+            return ControlTokens(self.tokenizer, tokens), PlainMarks((), self.name)
+        turns: list[Message] = [
+            {"role": role, "content": f"{_PROBE}{number}"} for number, role in enumerate(("user", "assistant", "user"))
+        ]
+        try:
+            rendered = self._render(turns, add_generation_prompt=True)
+        except UserError:  # a template for one question and one answer
+            rendered = self._render(turns[:1], add_generation_prompt=True)
+        # Not all tokens that mark turns are special. Those around thoughts and tools are part of an answer.
+        added = {str(token): int(index) for index, token in self.tokenizer.added_tokens_decoder.items()}
+        tokens |= {
+            text: index for text, index in added.items() if text in rendered and not re.search(r"think|tool", text)
+        }
+        between = [part.strip() for part in re.split(rf"{_PROBE}\d", rendered)[1:]]
+        marks = [part for part in between if part and set(tokens.values()).isdisjoint(self._encode(part))]
+        return ControlTokens(self.tokenizer, tokens), PlainMarks(marks, self.name)
+
     @cached_property
     def _adds_bos(self) -> bool:
         bos = self.tokenizer.bos_token_id
@@ -207,7 +244,7 @@ class ChatTokenizer:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may add text to None, or divide by zero
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"The chat template of {self.name} refuses a conversation with the roles {roles} ({error}); "
@@ -218,8 +255,33 @@ class ChatTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         """Template text to ids: special tokens are recognised."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._encode_all([text])[0]
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        return rows
+
+    def _encode_guarded(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation that spells control tokens, of which only the template's become such."""
+        hidden, back = self._control.hide(messages, str(self.tokenizer.chat_template))
+        ids: list[int] = []
+        for part in self._control.split(self.render_prompt(hidden)):
+            if isinstance(part, str):
+                after_token = bool(ids) and not self._starts_after_tokens
+                ids += self._encode_contents([part.translate(back)], self._anchor_ids if after_token else [])[0]
+            else:
+                ids.append(part)
         return ids
+
+    @cached_property
+    def _starts_after_tokens(self) -> bool:
+        """Whether text after a control token is encoded as at the start of a text."""
+        for token, index in self._control.ids.items():
+            if self._encode(token) == [index]:
+                return self._encode(f"{token}a") == [index, *self._encode("a")]
+        return True
 
     def _encode_split(self, texts: Sequence[str]) -> list[list[int]]:
         """Text to ids, where what spells a special token becomes ordinary tokens."""
@@ -228,11 +290,11 @@ class ChatTokenizer:
         ]
         return rows
 
-    def _encode_contents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Contents, which continue a prompt, to ids without any special one."""
+    def _encode_contents(self, texts: Sequence[str], anchor: list[int] | None = None) -> list[list[int]]:
+        """Contents to ids without any control token; they continue a prompt, unless there is no anchor."""
         if not texts:
             return []
-        anchor = self._anchor_ids
+        anchor = self._anchor_ids if anchor is None else anchor
         rows = self._encode_split(["\n" + text for text in texts] if anchor else texts)
         for i, text in enumerate(texts):
             if rows[i][: len(anchor)] == anchor:
@@ -240,17 +302,20 @@ class ChatTokenizer:
             else:  # the newline merged with the text
                 rows[i] = self._encode_split([text])[0]
             if not self._forbidden_ids.isdisjoint(rows[i]):
-                rows[i] = self._encode_broken(text)
+                rows[i] = self._encode_broken(text, anchor)
         return rows
 
-    def _encode_broken(self, text: str) -> list[int]:
-        """For stop tokens that are recognised although told to split: breaks their text after one letter."""
-        for token in self.tokenizer.convert_ids_to_tokens(sorted(self._forbidden_ids)):
-            if len(token) > 1 and token in text:
-                cut = text.index(token) + 1
-                left, right = self._encode_contents([text[:cut], text[cut:]])
-                return left + right
-        return [i for i in self._encode_split([text])[0] if i not in self._forbidden_ids]
+    def _encode_broken(self, text: str, anchor: list[int]) -> list[int]:
+        """For control tokens that are recognised although told to split: breaks their text after one letter."""
+        if len(text) == 1:
+            _log.warning("The character %r is a control token of %s and is left out of a text.", text, self.name)
+            return []
+        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self._forbidden_ids))
+        spelled = re.compile("|".join(re.escape(token) for token in tokens if len(token) > 1))
+        cuts = [match.start() + 1 for match in spelled.finditer(text) if match[0]] or [len(text) // 2]
+        first, *others = (text[start:end] for start, end in pairwise([0, *cuts, len(text)]))
+        rows = [*self._encode_contents([first], anchor), *self._encode_contents(others)]
+        return [index for row in rows for index in row]
 
 
 def _read_template(setting: str) -> str:

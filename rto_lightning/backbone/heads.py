@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rto_lightning.backbone.adapter_files import read_tensors
 from rto_lightning.errors import UserError
 
 HEAD_FILE = "head.safetensors"
@@ -38,10 +38,17 @@ class ScalarHead(nn.Linear):
         """Take the weights over that were saved with a role, if it has any.
 
         Raises:
-            UserError: if it has none and they are needed.
+            UserError: if it has none and they are needed, or if they are damaged or of another size.
         """
         if (folder / HEAD_FILE).exists():
-            self.load_state_dict(load_file(folder / HEAD_FILE))
+            weights = read_tensors(folder / HEAD_FILE)
+            try:
+                self.load_state_dict(weights)
+            except RuntimeError as error:
+                raise UserError(
+                    f"{folder / HEAD_FILE} does not hold the weight (1, {self.in_features}) and bias (1,) of a head on "
+                    "this model; train the role again."
+                ) from error
         elif needed:
             raise UserError(f"{folder} has no {HEAD_FILE}, so it cannot score as {role}; name a saved reward role.")
 

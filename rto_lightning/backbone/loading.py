@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from rto_lightning.backbone.chat import ChatTokenizer
+from rto_lightning.backbone.model_files import check_folder, check_source, weight_files
 from rto_lightning.backbone.roles import looks_like_hub_name
 from rto_lightning.backbone.settings import BackboneSettings
-from rto_lightning.errors import UserError
+from rto_lightning.errors import UserError, first_line
 
 BITSANDBYTES = "0.49"
 """The oldest bitsandbytes whose 4-bit weights train on a CPU too; `pyproject.toml` asks for it."""
@@ -41,16 +42,69 @@ def load_chat_tokenizer_from(
     model: str, revision: str | None = None, chat_template: str | None = None, trust_remote_code: bool = False
 ) -> ChatTokenizer:
     """As :func:`load_chat_tokenizer`, for any model folder or hub name."""
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
-        raise _not_loadable("tokenizer", model, error) from error
+    tokenizer = load_tokenizer(model, revision, trust_remote_code)
     try:
         generation = GenerationConfig.from_pretrained(model, revision=revision or "main")
+        stop_ids = [int(index) for index in _as_list(generation.eos_token_id)]
     except OSError:  # a model without generation_config.json stops at the tokenizer's EOS
-        generation = GenerationConfig()
-    return ChatTokenizer(tokenizer, _as_list(generation.eos_token_id), chat_template, model)
+        stop_ids = []
+    except Exception as error:
+        raise _not_loadable("generation_config.json", model, error) from error
+    return ChatTokenizer(tokenizer, stop_ids, chat_template, model)
+
+
+def load_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """A tokenizer of transformers; see :func:`load_pretrained` for arguments and errors."""
+    if Path(source).is_dir():
+        check_folder(Path(source))
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers documents none, and files of others can hold anything
+        raise _not_loadable("tokenizer", source, error) from error
+
+
+def load_pretrained(
+    kind: Any, source: str, revision: str | None = None, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
+    """Load a model of transformers from safetensors, and refuse one of which weights are missing.
+
+    Weights are not looked at one by one: numbers that are not finite show in the first loss.
+
+    Args:
+        kind: an auto class of transformers, such as `AutoModelForCausalLM`.
+        source: hub name or local folder.
+        revision: revision on the hub.
+        trust_remote_code: let the folder run its own code.
+        **options: more arguments of `from_pretrained`.
+
+    Raises:
+        UserError: if the folder leads outside of itself, if its weights are no safetensors files, damaged, or not those
+            of such a model, or if it needs code of its own that is not trusted.
+    """
+    check_source(source, revision)
+    if Path(source).is_dir():
+        weight_files(source)
+    trusted = {"revision": revision, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    try:
+        loaded, report = kind.from_pretrained(source, **trusted, **options, output_loading_info=True)
+    except Exception as error:  # transformers documents none, and files of others can hold anything
+        raise _not_loadable("model", source, error) from error
+    if report["missing_keys"]:
+        missing, wanted = min(report["missing_keys"]), type(loaded).__name__
+        raise UserError(
+            f"{source} lacks the weight {missing} of a {wanted}; get the folder anew, or name a model of that kind."
+        )
+    model: PreTrainedModel = loaded
+    return model
+
+
+def load_config(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model; see :func:`load_pretrained` for arguments and errors."""
+    check_source(source, revision)
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as there
+        raise _not_loadable("configuration", source, error) from error
 
 
 def load_causal_lm(
@@ -77,26 +131,19 @@ def load_causal_lm(
     """
     if quantized:
         check_quantization(device or torch.device("cpu"), dtype)
-    options: dict[str, Any] = {
-        "revision": settings.revision if model == settings.model else None,
-        "trust_remote_code": settings.trust_remote_code,
-    }
-    try:
-        config = AutoConfig.from_pretrained(model, **options)
-        switch_dropout_off(config)
-        if quantized:
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
-            options["device_map"] = {"": device or torch.device("cpu")}
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=dtype, attn_implementation=settings.attention, use_safetensors=True, **options
+    revision = settings.revision if model == settings.model else None
+    config = load_config(model, revision, settings.trust_remote_code)
+    switch_dropout_off(config)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": settings.attention}
+    if quantized:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise _not_loadable("model", model, error) from error
+        options["device_map"] = {"": device or torch.device("cpu")}
+    loaded = load_pretrained(AutoModelForCausalLM, model, revision, settings.trust_remote_code, **options)
     if quantized:
         _keep_quantized_weights_differentiable(loaded)
     loaded.generation_config = GenerationConfig()
@@ -168,7 +215,7 @@ def check_quantization(device: torch.device, dtype: torch.dtype) -> None:
         installed = version("bitsandbytes")
     except Exception as error:  # a broken installation raises more than ImportError
         raise UserError(
-            f"quantization nf4 needs bitsandbytes, which cannot be imported ({_first_line(error)}); install it by "
+            f"quantization nf4 needs bitsandbytes, which cannot be imported ({first_line(error)}); install it by "
             f"`pip install 'bitsandbytes>={BITSANDBYTES}'`, {way_out}."
         ) from error
     if Version(installed) < Version(BITSANDBYTES):
@@ -188,7 +235,7 @@ def check_quantization(device: torch.device, dtype: torch.dtype) -> None:
     except Exception as error:  # bitsandbytes, torch and the driver each have their own
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise UserError(
-            f"bitsandbytes {installed} cannot compute with 4-bit weights on {name} ({_first_line(error)}); choose "
+            f"bitsandbytes {installed} cannot compute with 4-bit weights on {name} ({first_line(error)}); choose "
             f"another trainer.accelerator (gpu for a newer NVIDIA card, or cpu), {way_out}."
         ) from error
 
@@ -235,9 +282,11 @@ def _not_loadable(what: str, model: str, error: Exception) -> UserError:
         return UserError(
             f"the folder {model} does not exist; set model.backbone.model to a local folder or a hub name (owner/name)."
         )
-    return UserError(f"the {what} of {model} could not be loaded: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"the {what} of {model} needs code that its folder brings along, which is not run; use another model (for "
+            "a base model whose code you have read: model.backbone.trust_remote_code, or export --trust_remote_code)."
+        )
+    other_sizes = "mismatched_sizes" in str(error)  # where transformers logs them and names its own argument
+    reason = "its weights have other sizes than its config.json says" if other_sizes else first_line(error)
+    return UserError(f"the {what} of {model} could not be loaded ({reason}); get it anew, or name another one.")

@@ -1,13 +1,17 @@
 """What a role is, and the small JSON file that travels with a saved one."""
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
+from rto_lightning.backbone.model_files import ADAPTER_CONFIG, check_folder, read_settings
 from rto_lightning.backbone.settings import BackboneSettings
 from rto_lightning.errors import MissingInputError, UserError
+from rto_lightning.secrets import mask_settings
 
 ROLE_FILE = "role.json"
 FORMAT = 1
@@ -58,28 +62,46 @@ class RoleCard:
     """Version of this file."""
 
     def write(self, folder: Path) -> None:
-        """Write `role.json` into the folder."""
-        (folder / ROLE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write `role.json` into the folder, with secrets masked."""
+        contents = json.dumps(mask_settings(asdict(self)), indent=2)
+        (folder / ROLE_FILE).write_text(contents + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "RoleCard | None":
         """The card of a saved role, or None for a folder that has no `role.json`.
 
         Raises:
-            UserError: if the file is damaged or was written by a newer version.
+            UserError: if the folder leads outside of itself, or if the file is damaged or was written by a newer
+                version.
         """
         path = folder / ROLE_FILE
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             return None
-        try:
-            contents = json.loads(path.read_text(encoding="utf-8"))
-            if contents.get("format") != FORMAT:
-                raise UserError(
-                    f"{path} has format {contents.get('format')}, this version reads {FORMAT}; update rto-lightning."
-                )
-            return cls(**contents)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); save the role again.") from error
+        check_folder(folder)
+        contents = read_settings(path)
+        if contents.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has format {contents.get('format')}, this version reads {FORMAT}; update rto-lightning."
+            )
+        wanted = {entry.name: entry for entry in fields(cls)}
+        for name, entry in wanted.items():
+            missing = name not in contents and entry.default is MISSING and entry.default_factory is MISSING
+            if missing or (name in contents and not _fits(contents[name], entry.type)):
+                raise UserError(f"{path} is damaged (it has no {name} of the right kind); save the role again.")
+        unknown = contents.keys() - wanted.keys()
+        if unknown:
+            raise UserError(f"{path} is damaged (it has the unknown key {min(unknown)!r}); save the role again.")
+        card = cls(**contents)
+        kind = "adapter" if (folder / ADAPTER_CONFIG).exists() else "model"
+        if card.kind != kind:
+            raise UserError(
+                f"{path} says that the folder holds the kind {card.kind}, which it does not; save it again."
+            )
+        statistics = card.settings.get("score_statistics", {})
+        stated = [] if card.score_std is None else [(card.score_mean, card.score_std)]
+        if not isinstance(statistics, dict) or not all(map(_is_mean_and_std, [*statistics.values(), *stated])):
+            raise UserError(f"{path} is damaged (its statistics of scores are none); save the role again.")
+        return card
 
     def check_use(
         self, name: str, source: str, model: str, vocabulary_fingerprint: str, base_fingerprint: Callable[[], str]
@@ -110,6 +132,18 @@ class RoleCard:
                 f"the {name} role {source} is an adapter on {self.base_model}, but this run's base model is "
                 f"{model}, whose weights differ; set model.backbone.model to {self.base_model} or train the role again."
             )
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value of `role.json` is of the type of its field."""
+    types = get_args(annotation) if isinstance(annotation, UnionType) else (get_origin(annotation) or annotation,)
+    return isinstance(value, (*types, int) if float in types else types)
+
+
+def _is_mean_and_std(values: Any) -> bool:
+    if not isinstance(values, list | tuple) or len(values) != 2:
+        return False
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values) and values[1] > 0
 
 
 def kind_of_role(name: str) -> str:

@@ -3,10 +3,9 @@
 import argparse
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import yaml
 
 from rto_lightning.cli.config_errors import CommandParser, explain
 from rto_lightning.errors import UserError
@@ -36,7 +35,7 @@ def main(args: Sequence[str]) -> None:
     quiet_lightning()
     from rto_lightning.export.export import export_role
 
-    exported = export_role(settings, load_stage_module)
+    exported = export_role(settings, partial(load_stage_module, trusted=settings.trust_remote_code))
     print(f"{settings.target}: the {exported.role} as {_KINDS[exported.kind]}, {exported.dtype}")
     print(f"check: {exported.agreement}" if exported.agreement is not None else "not compared with the trained role")
     if exported.missing_bias:
@@ -45,24 +44,32 @@ def main(args: Sequence[str]) -> None:
         print(f"uploaded to {settings.push_to_hub}")
 
 
-def load_stage_module(config: Path) -> "StageModule":
+def load_stage_module(config: Path, trusted: bool = False) -> "StageModule":
     """The stage of a `config.yaml`, without data and trainer, before its weights are loaded.
 
+    Args:
+        config: the file.
+        trusted: whether to import what it names, whatever it is.
+
     Raises:
-        UserError: if this version does not take its settings, or a role that they name is not there.
+        UserError: if this version does not take its settings, if a role that they name is not there, or if they name
+            classes of other programs and are not trusted.
     """
     from jsonargparse import set_parsing_settings
     from lightning.pytorch.cli import LightningArgumentParser
 
     from rto_lightning.cli.lightning_cli import stage_module_class
     from rto_lightning.cli.short_names import know_optimizers
+    from rto_lightning.export.source import check_code, read_config
 
     know_optimizers()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(stage_module_class(), "model", subclass_mode=True)
     try:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
+        settings = read_config(config)["model"]
+        if not trusted:
+            check_code(settings, config)
         module: StageModule = parser.instantiate(parser.parse_object({"model": settings})).model
     except argparse.ArgumentError as error:
         raise UserError(f"the settings in {config} do not fit this version: {explain(str(error))}") from error
@@ -93,6 +100,11 @@ def _parse(args: Sequence[str]) -> ExportSettings:
     parser.add_argument("--base_model", metavar="NAME", help="base model of an adapter, if it is elsewhere by now")
     parser.add_argument("--max_shard_size", metavar="SIZE", default="5GB", help="largest file (5GB)")
     parser.add_argument("--no_check", action="store_true", help="do not compare with the role, which takes memory")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run code that the base model brings along or config.yaml names; leave it off unless you have read it",
+    )
     parser.add_argument("--push_to_hub", metavar="USER/NAME", help="upload the folder to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make a new repository there private")
     options = vars(parser.parse_args(args))

@@ -14,6 +14,7 @@ from rto_lightning.export.check import Agreement
 from rto_lightning.export.lineage import StageRecord, final_metrics
 from rto_lightning.export.names import shown
 from rto_lightning.export.usage import usage
+from rto_lightning.secrets import mask_text
 
 PAPER = "[arXiv 2404.18922](https://arxiv.org/abs/2404.18922)"
 
@@ -109,7 +110,7 @@ class Exported:
 
 
 def write_card(folder: Path, exported: Exported, records: Sequence[StageRecord]) -> None:
-    """Write `README.md` into an exported folder.
+    """Write `README.md` into an exported folder, with secrets masked.
 
     Args:
         folder: the export.
@@ -132,7 +133,7 @@ def write_card(folder: Path, exported: Exported, records: Sequence[StageRecord])
         rows = [(name, f"{value:.4g}", str(step)) for name, value, step in metrics]
         parts.append("## Metrics\n\nLast values of the run.\n\n" + _table(("metric", "value", "step"), rows))
     parts.append("## Export\n\n" + _export(exported))
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(mask_text("\n\n".join(parts) + "\n"), encoding="utf-8")
 
 
 def _front_matter(exported: Exported, records: Sequence[StageRecord]) -> str:

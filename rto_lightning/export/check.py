@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rto_lightning.backbone import BackboneSettings, ChatTokenizer, Sequences
 from rto_lightning.backbone.decoding import evaluating
+from rto_lightning.backbone.loading import load_pretrained, load_tokenizer
 from rto_lightning.errors import UserError
 from rto_lightning.export.merge import load_plain
 from rto_lightning.export.opening import OpenedRole
@@ -97,12 +98,11 @@ def exported_values(folder: Path, sequences: Sequences, settings: BackboneSettin
         adapter: Any = PeftModel.from_pretrained(load_plain(settings, torch.float32), str(folder))
         return model_values(adapter.eval(), sequences, scores=False)
     loader = AutoModelForCausalLM if kind == "model" else AutoModelForSequenceClassification
-    model = loader.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=settings.trust_remote_code
-    ).eval()
+    trust = settings.trust_remote_code
+    model = load_pretrained(loader, str(folder), trust_remote_code=trust, dtype=torch.float32).eval()
     if kind == "model" or model.config.pad_token_id is None:
         return model_values(model, sequences, scores=kind == "classifier")
-    batch = AutoTokenizer.from_pretrained(folder).pad({"input_ids": _rows(sequences)}, return_tensors="pt")
+    batch = load_tokenizer(str(folder), None, trust).pad({"input_ids": _rows(sequences)}, return_tensors="pt")
     values: Tensor = model(**batch).logits.flatten().float()
     return values
 

@@ -1,20 +1,17 @@
 """Weights out of a checkpoint into a module, without a trainer and in one process.
 
-A file is read with `weights_only`, so that it runs no code. Shards are read by `torch.distributed.checkpoint`, whose
-index is a pickle: that can, so it must be your own.
+A file is read with `weights_only`, shards as :mod:`rto_lightning.backbone.shard_files` does, so that neither runs code.
 """
 
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as distributed_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
-from rto_lightning.errors import UserError
+from rto_lightning.backbone.shard_files import load_shards, read_index
+from rto_lightning.errors import UserError, first_line
 from rto_lightning.strategies import METADATA_FILE
 
 _WEIGHTS = "state_dict"
@@ -35,7 +32,7 @@ class StoredWeights:
         self._whole: dict[str, Tensor] | None = None
         try:
             if path.is_dir():
-                sizes = FileSystemReader(path).read_metadata().state_dict_metadata
+                sizes = read_index(path).state_dict_metadata
                 prefix = f"{_WEIGHTS}."
                 self.shapes = {
                     name.removeprefix(prefix): torch.Size(getattr(entry, "size", ()))
@@ -48,9 +45,10 @@ class StoredWeights:
                 whole = self._whole = contents[_WEIGHTS]
                 self.shapes = {name: weight.shape for name, weight in whole.items()}
             self.step: int = contents["global_step"]
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise UserError(f"the checkpoint {path} cannot be read ({reason}); name another one.") from error
+        except UserError:
+            raise
+        except Exception as error:  # a damaged pickle raises anything
+            raise UserError(f"the checkpoint {path} cannot be read ({first_line(error)}); name another one.") from error
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         """Copy weights into tensors of the same shape, in place; of shards only what is asked for is read.
@@ -75,4 +73,4 @@ class StoredWeights:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 plain = {name: target.detach() for name, target in targets.items()}
-                distributed_checkpoint.load({_WEIGHTS: plain}, checkpoint_id=self.path, no_dist=True)
+                load_shards({_WEIGHTS: plain}, self.path, no_dist=True)

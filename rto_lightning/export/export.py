@@ -55,8 +55,8 @@ def export_role(settings: ExportSettings, load_module: Callable[[Path], StageMod
         raise UserError(f"{target} exists already and is not empty; remove it or choose another folder.")
     if settings.push_to_hub is not None:
         check_push(settings.push_to_hub)
-    source = find_source(settings.source, settings.role)
-    role = open_role(source, settings.check, settings.base_model, load_module)
+    source = find_source(settings.source, settings.role, settings.trust_remote_code)
+    role = open_role(source, settings.check, settings.base_model, load_module, settings.trust_remote_code)
     _check_adapter(settings, role)
     records = lineage(source, role.card)
     partial = target.with_name(target.name + ".partial")

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rto_lightning.backbone import BackboneSettings
+from rto_lightning.backbone.loading import load_pretrained
 
 
 def load_plain(settings: BackboneSettings, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -18,14 +19,8 @@ def load_plain(settings: BackboneSettings, dtype: torch.dtype | str) -> PreTrain
         settings: name it.
         dtype: of its weights; `auto` is that of its files.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        settings.model,
-        revision=settings.revision,
-        dtype=dtype,
-        trust_remote_code=settings.trust_remote_code,
-        use_safetensors=True,
-    )
-    return model.eval()
+    trust = settings.trust_remote_code
+    return load_pretrained(AutoModelForCausalLM, settings.model, settings.revision, trust, dtype=dtype).eval()
 
 
 def merge_adapter(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rto_lightning.backbone import BackboneSettings, ChatTokenizer, PolicyBackbone, RoleCard, load_chat_tokenizer
 from rto_lightning.backbone.chat import PLAIN
 from rto_lightning.backbone.heads import HEAD_FILE
+from rto_lightning.backbone.loading import load_config, load_tokenizer
 from rto_lightning.backbone.roles import looks_like_hub_name
 from rto_lightning.errors import UserError
 from rto_lightning.export.checkpoints import StoredWeights
-from rto_lightning.export.source import Checkpoint, SavedRole, read_config
+from rto_lightning.export.source import Checkpoint, SavedRole
 from rto_lightning.modules import RTOModule, StageModule
 
 AVERAGE = "policy_average"
@@ -64,7 +65,11 @@ def release_weights(module: nn.Module) -> None:
 
 
 def open_role(
-    source: SavedRole | Checkpoint, exact: bool, base_model: str | None, load_module: Callable[[Path], StageModule]
+    source: SavedRole | Checkpoint,
+    exact: bool,
+    base_model: str | None,
+    load_module: Callable[[Path], StageModule],
+    trust_remote_code: bool = False,
 ) -> OpenedRole:
     """Load a role.
 
@@ -74,25 +79,28 @@ def open_role(
             which they take less memory.
         base_model: where the base model of an adapter is now; None is where it was in training.
         load_module: builds the stage of a `config.yaml`.
+        trust_remote_code: run code that the base model brings along; what the settings of its run say does not count.
 
     Raises:
         UserError: if it or its base model cannot be loaded.
     """
     if isinstance(source, SavedRole):
-        return _open_saved(source, exact, base_model)
-    return _open_checkpoint(source, exact, base_model, load_module(source.config))
+        return _open_saved(source, exact, base_model, trust_remote_code)
+    module = load_module(source.config)
+    module.settings = replace(module.settings, trust_remote_code=trust_remote_code)
+    return _open_checkpoint(source, exact, base_model, module)
 
 
-def _open_saved(source: SavedRole, exact: bool, base_model: str | None) -> OpenedRole:
-    card, config = source.card, read_config(source.config) if source.config is not None else None
+def _open_saved(source: SavedRole, exact: bool, base_model: str | None, trust_remote_code: bool) -> OpenedRole:
+    card = source.card
     of_adapter = card.kind == "adapter"
-    template = AutoTokenizer.from_pretrained(source.folder).chat_template
+    template = load_tokenizer(str(source.folder), None, trust_remote_code).chat_template
     settings = BackboneSettings(
         model=card.base_model if of_adapter else str(source.folder),
         revision=card.base_revision if of_adapter else None,
         mode="adapters" if of_adapter else "full",
         chat_template=template if isinstance(template, str) else PLAIN if template is None else None,
-        trust_remote_code=bool(config and config["model"]["init_args"]["backbone"].get("trust_remote_code")),
+        trust_remote_code=trust_remote_code,
     )
     settings = _for_reading(settings, exact, base_model if of_adapter else None)
     backbone = PolicyBackbone(settings, load_chat_tokenizer(settings))
@@ -154,12 +162,7 @@ def _for_reading(settings: BackboneSettings, exact: bool, base_model: str | None
 
 def _stored_dtype(settings: BackboneSettings) -> Literal["float32", "bfloat16"]:
     """What holds the weights of the files as they are."""
-    try:
-        config = AutoConfig.from_pretrained(
-            settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError):
-        return "float32"  # loading the model will say what is wrong
+    config = load_config(settings.model, settings.revision, settings.trust_remote_code)
     return "bfloat16" if str(config.dtype).removeprefix("torch.") == "bfloat16" else "float32"
 
 

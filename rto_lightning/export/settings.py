@@ -29,6 +29,9 @@ class ExportSettings:
     """Largest file of a whole model."""
     check: bool = True
     """Whether to compare with the role: in float32, which takes 4 bytes a weight."""
+    trust_remote_code: bool = False
+    """Whether to run code that the base model brings along, and to import what `config.yaml` names beyond this project
+    and torch."""
     push_to_hub: str | None = None
     """USER/NAME of a repository on the Hugging Face hub to upload to."""
     private: bool = False

@@ -3,13 +3,13 @@
 A role whose folder is not there yet counts as what the settings say: an adapter of that shape, or a copy of the base.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
 
 from rto_lightning.backbone import BackboneSettings, LoraSettings
+from rto_lightning.backbone.adapter_files import read_lora_config
+from rto_lightning.backbone.model_files import ADAPTER_CONFIG
 from rto_lightning.backbone.roles import role_folder
 from rto_lightning.memory.workload import OutsideModel, RoleWeights
 from rto_lightning.modules import PreferenceModule, RewardModelModule, RTOModule, StageModule
@@ -120,9 +120,8 @@ def _copied(settings: BackboneSettings, original: RoleWeights, name: str, optimi
 
 def _saved_adapter(folder: Path) -> LoraSettings | None:
     """The shape of a saved adapter; None if the folder holds a model."""
-    path = folder / "adapter_config.json"
-    if not path.exists():
+    if not (folder / ADAPTER_CONFIG).exists():
         return None
-    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    targets = saved["target_modules"]
-    return LoraSettings(rank=saved["r"], target_modules=targets if isinstance(targets, str) else sorted(targets))
+    saved = read_lora_config(folder)
+    targets = saved.target_modules or []
+    return LoraSettings(rank=saved.r, target_modules=targets if isinstance(targets, str) else sorted(targets))

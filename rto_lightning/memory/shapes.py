@@ -19,6 +19,7 @@ from rto_lightning.backbone import BackboneSettings
 from rto_lightning.backbone.adapters import AdapterBank
 from rto_lightning.backbone.heads import ScalarHead
 from rto_lightning.backbone.loading import switch_dropout_off
+from rto_lightning.backbone.model_files import check_source
 from rto_lightning.errors import UserError
 from rto_lightning.memory.live_bytes import tensor_bytes
 from rto_lightning.memory.workload import RoleWeights, Workload
@@ -159,6 +160,7 @@ def read_config(source: str, settings: BackboneSettings | None = None) -> Any:
     options: dict[str, Any] = {"trust_remote_code": settings is not None and settings.trust_remote_code}
     if settings is not None and source == settings.model and settings.revision is not None:
         options["revision"] = settings.revision
+    check_source(source, options.get("revision"))
     try:
         return AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError) as error:

@@ -123,7 +123,7 @@ def test_a_checkpoint_gives_what_the_stage_saved(copied):
         stage_folder = Path("runs") / name
         saved = copied / f"{name}_role"
         (stage_folder / "role").rename(saved)
-        for source in (stage_folder, next((stage_folder / "checkpoints").glob("epoch*.ckpt"))):
+        for source in (stage_folder, next((stage_folder / "checkpoints").glob("step=*.ckpt"))):
             folder = export(str(source))
             assert same_adapter(folder, saved)
             ours, theirs = (json.loads((path / "role.json").read_text()) for path in (folder, saved))
@@ -140,7 +140,7 @@ def test_roles_of_a_stage(copied):
     assert same_adapter(export("runs/rto", "--role", "dpo"), Path("runs/dpo/role"))
     assert same_adapter(export("runs/rto", "--role", "reward"), Path("runs/reward/role"))
     critic = export("runs/rto", "--role", "critic")
-    [checkpoint] = Path("runs/rto/checkpoints").glob("epoch*.ckpt")
+    [checkpoint] = Path("runs/rto/checkpoints").glob("step=*.ckpt")
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     trained = load_file(critic / "adapter_model.safetensors")
     for name, weight in trained.items():
@@ -157,7 +157,7 @@ def test_mistakes_about_roles(copied, capsys):
         return capsys.readouterr().err
 
     assert "has no role reward; it trains dpo" in error("runs/dpo", "out", "--role", "reward")
-    [checkpoint] = Path("runs/dpo/checkpoints").glob("epoch*.ckpt")
+    [checkpoint] = Path("runs/dpo/checkpoints").glob("step=*.ckpt")
     assert "has no role critic" in error(str(checkpoint), "out", "--role", "critic")
     config = yaml.safe_load(Path("runs/dpo/config.yaml").read_text())
     config["model"]["init_args"]["backbone"]["lora"]["rank"] = 3
@@ -254,7 +254,7 @@ def test_full_models_from_files_and_shards(tmp_path, monkeypatch, tied):
     write_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
     folder = fit("sft", sft(mode="full"))
     (folder / "role").rename("saved")
-    [checkpoint] = (folder / "checkpoints").glob("epoch*.ckpt")
+    [checkpoint] = (folder / "checkpoints").glob("step=*.ckpt")
     shard(checkpoint, folder / "checkpoints" / "shards.ckpt")
     trained = load_file("saved/model.safetensors")
     start = load_file("base/model.safetensors")

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rto_lightning.backbone import BackboneSettings, LoraSettings, RoleCard, load_chat_tokenizer
-from rto_lightning.backbone.fingerprints import ADAPTER_FILE, base_fingerprint
+from rto_lightning.backbone.fingerprints import base_fingerprint
 from rto_lightning.backbone.heads import HEAD_FILE
+from rto_lightning.backbone.model_files import ADAPTER_FILE
 from tests.models import tiny_config
 from tests.tiny import tiny_tokenizer
 
