@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 T = TypeVar("T")
 
@@ -96,18 +96,40 @@ def sum_gradients(parameters: Iterable[nn.Parameter], mean: bool = False) -> Non
             gradient.copy_(part.view_as(gradient))
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float) -> Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of the whole gradient, the same scalar on all ranks."""
+    norms = [get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in _kinds(parameters)]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    if len(whole) == 1:
+        return whole[0]
+    return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float | None) -> Tensor:
     """As `torch.nn.utils.clip_grad_norm_`, with the norm of the whole gradient where weights are sharded.
 
+    A norm that is not finite leaves the gradients as they are, so that one can tell which of them are not.
+
     Args:
-        parameters: all replicated or all sharded.
-        largest_norm: infinity only measures.
+        parameters: replicated or sharded.
+        largest_norm: None only measures.
 
     Returns:
         The norm before clipping, a scalar.
     """
-    norm = clip_grad_norm_(parameters, largest_norm).detach()
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    parameters = list(parameters)
+    norm = gradient_norm(parameters)
+    if largest_norm is not None:
+        for kind in _kinds(parameters):
+            clip_grads_with_norm_(kind, largest_norm, norm.nan_to_num(0.0, 0.0, 0.0))
+    return norm
+
+
+def _kinds(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those that have gradients, sharded and replicated ones apart, which torch does not take together."""
+    with_gradient = [p for p in parameters if p.grad is not None]
+    kinds = ([p for p in with_gradient if isinstance(p.grad, DTensor) is sharded] for sharded in (True, False))
+    return [kind for kind in kinds if kind]
 
 
 def _initialized() -> bool:

@@ -1,5 +1,7 @@
 """The stages as LightningModules: SFT, preference (DPO), reward model, RTO. They order events; others do the maths."""
 
+from rto_lightning.modules.dumps import replay
+from rto_lightning.modules.numerics import NumericsSettings
 from rto_lightning.modules.pair_logprobs import PairLogprobs, cached_pair_logprobs
 from rto_lightning.modules.preference import PreferenceModule
 from rto_lightning.modules.reward_model import RewardModelModule
@@ -10,6 +12,7 @@ from rto_lightning.modules.stage import StageModule
 
 __all__ = [
     "CosineWithWarmup",
+    "NumericsSettings",
     "PairLogprobs",
     "PreferenceModule",
     "RTOModule",
@@ -17,4 +20,5 @@ __all__ = [
     "SFTModule",
     "StageModule",
     "cached_pair_logprobs",
+    "replay",
 ]

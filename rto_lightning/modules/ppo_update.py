@@ -1,6 +1,6 @@
 """The update of one PPO iteration: minibatches of policy loss and, with a critic, value loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -12,6 +12,10 @@ from rto_lightning.modules.ppo_gradients import Backward, accumulate_policy_grad
 from rto_lightning.modules.rto_settings import PPOSettings
 from rto_lightning.parallel import clip_gradients, sum_gradients
 from rto_lightning.seeding import derive_seed
+
+Passes = Callable[[str, Tensor, Mapping[str, Tensor], Tensor], bool]
+"""Whether a step may be taken, from its role, the rows of its minibatch, the metrics with its losses, and the norm of
+its gradient."""
 
 
 def minibatches(samples: int, ppo: PPOSettings, seed: int, iteration: int) -> list[Tensor]:
@@ -39,6 +43,7 @@ def ppo_update(
     backward: Backward,
     policy: LightningOptimizer | None,
     critic: LightningOptimizer | None,
+    passes: Passes,
     value_coefficient: float | None = None,
 ) -> dict[str, Tensor]:
     """Train policy and critic on each minibatch in turn.
@@ -49,18 +54,25 @@ def ppo_update(
     Args:
         backbone: the model and its roles.
         experience: B samples.
-        parts: rows of each minibatch, (M,) int64, in the order of training; see :func:`minibatches`.
+        parts: rows of each minibatch, (M,) int64, in the order of training; see :func:`minibatches`. Without any
+            nothing is trained, and the iteration counts.
         ppo: losses, and when to stop.
         temperature: of the policy that sampled.
         backward: runs the backward pass of a loss.
         policy: optimizer of the policy; None leaves the policy as it is.
         critic: optimizer of the critic; None where there is none.
+        passes: asked before each step, of which it may have one left out.
         value_coefficient: what the value loss counts in the weights of a policy whose hidden states the critic reads;
             None where the critic has weights of its own.
 
     Returns:
         For each metric its mean over the minibatches that have it, detached scalars.
     """
+    counting = policy if critic is None else critic
+    assert counting is not None
+    if not parts:
+        counting.step()
+        return {}
     history: list[dict[str, Tensor]] = []
     policy_steps, stopped = 0, policy is None
     for number, rows in enumerate(parts):
@@ -74,18 +86,22 @@ def ppo_update(
             if stopped:
                 policy.zero_grad(set_to_none=True)
             else:
-                clip, counted = ppo.policy_gradient_clip_val, last and critic is None
-                metrics["policy/gradient_norm"] = _step(backbone, "policy", policy, clip, counted)
-                policy_steps += 1
+                norm = _gradient_norm(backbone, "policy", ppo.policy_gradient_clip_val)
+                taken = passes("policy", rows, metrics, norm)
+                _step(policy, taken, counted=last and critic is None)
+                metrics["policy/gradient_norm"] = norm
+                policy_steps += taken
         if critic is not None:
             if "value/loss" not in metrics:
                 metrics |= accumulate_value_gradients(
                     backbone, experience, rows, ppo, backward, head_only=value_coefficient is not None
                 )
-            metrics["critic/gradient_norm"] = _step(backbone, "critic", critic, ppo.critic_gradient_clip_val, last)
+            norm = _gradient_norm(backbone, "critic", ppo.critic_gradient_clip_val)
+            _step(critic, passes("critic", rows, {"value/loss": metrics["value/loss"]}, norm), counted=last)
+            metrics["critic/gradient_norm"] = norm
         history.append(metrics)
-    if policy is not None and stopped and critic is None:
-        policy.step()  # counts the iteration; without gradients it moves nothing
+    if stopped and critic is None:
+        counting.step()  # without gradients it moves nothing
     names = dict.fromkeys(name for metrics in history for name in metrics)
     result = {name: torch.stack([m[name].float() for m in history if name in m]).mean() for name in names}
     if policy is not None:
@@ -94,12 +110,15 @@ def ppo_update(
     return result
 
 
-def _step(
-    backbone: PolicyBackbone, role: str, optimizer: LightningOptimizer, clip: float | None, counted: bool
-) -> Tensor:
+def _gradient_norm(backbone: PolicyBackbone, role: str, clip: float | None) -> Tensor:
+    """The norm of a role's gradient over all ranks, before it is clipped."""
     weights = backbone.trained_parameters(role)
     sum_gradients(weights)
-    norm = clip_gradients(weights, clip if clip is not None else torch.inf)
+    return clip_gradients(weights, clip)
+
+
+def _step(optimizer: LightningOptimizer, taken: bool, counted: bool) -> None:
+    if not taken:
+        optimizer.zero_grad(set_to_none=True)  # without gradients a step moves nothing
     (optimizer if counted else optimizer.optimizer).step()
     optimizer.zero_grad(set_to_none=True)
-    return norm

@@ -23,6 +23,7 @@ from rto_lightning.backbone import BackboneSettings
 from rto_lightning.data import PreferenceBatch
 from rto_lightning.errors import UserError
 from rto_lightning.evaluation import PairRecords, ranking_accuracies
+from rto_lightning.modules.numerics import NumericsSettings
 from rto_lightning.modules.pair_logprobs import PairLogprobs
 from rto_lightning.modules.reference_cache import cached_reference, check_cacheable
 from rto_lightning.modules.stage import StageModule
@@ -76,6 +77,7 @@ class PreferenceModule(StageModule):
             with `tdpo1` and `tdpo2`.
         optimizer: Optimizer of the policy.
         lr_scheduler: Learning-rate schedule, stepped after each optimizer step.
+        numerics: What happens when something is NaN or infinite.
     """
 
     stage_name = "dpo"
@@ -94,8 +96,9 @@ class PreferenceModule(StageModule):
         reference_cache: str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        numerics: NumericsSettings = NumericsSettings(),  # noqa: B008
     ) -> None:
-        super().__init__(backbone, trained, optimizer, lr_scheduler)
+        super().__init__(backbone, trained, optimizer, lr_scheduler, numerics)
         self.loss = loss
         self.beta = (SIMPO_BETA if loss == "simpo" else BETA) if beta is None else beta
         self.label_smoothing = label_smoothing
@@ -148,8 +151,13 @@ class PreferenceModule(StageModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Loss of one batch of pairs."""
-        loss, _, _ = self._compare(batch, "train")
-        return loss
+        loss, answers, _ = self._compare(batch, "train")
+        read = {
+            "the policy's log-probabilities": answers.policy,
+            "the reference's log-probabilities": answers.reference,
+            "the KL divergence": answers.kl,
+        }
+        return self.guarded(loss, batch, {name: tensor for name, tensor in read.items() if tensor is not None})
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Loss and accuracy on held-out pairs."""

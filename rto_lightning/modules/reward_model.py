@@ -11,6 +11,8 @@ from rto_lightning.algorithms import bradley_terry_loss
 from rto_lightning.backbone import BackboneSettings, RoleCard
 from rto_lightning.data import PreferenceBatch
 from rto_lightning.errors import UserError
+from rto_lightning.modules.numerics import NumericsSettings
+from rto_lightning.modules.score_statistics import collect_scores
 from rto_lightning.modules.stage import StageModule
 from rto_lightning.parallel import gather_rows
 from rto_lightning.rewards import score_statistics
@@ -40,6 +42,7 @@ class RewardModelModule(StageModule):
         score_statistics: How the normalisation is measured.
         optimizer: Optimizer of the reward model.
         lr_scheduler: Learning-rate schedule, stepped after each optimizer step.
+        numerics: What happens when something is NaN or infinite.
     """
 
     stage_name = "reward_model"
@@ -53,11 +56,13 @@ class RewardModelModule(StageModule):
         score_statistics: ScoreStatisticsSettings = ScoreStatisticsSettings(),  # noqa: B008
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        numerics: NumericsSettings = NumericsSettings(),  # noqa: B008
     ) -> None:
-        super().__init__(backbone, trained, optimizer, lr_scheduler)
+        super().__init__(backbone, trained, optimizer, lr_scheduler, numerics)
         self.score_statistics = score_statistics
         self.register_buffer("score_mean_std", torch.full((2,), torch.nan))
         self.score_mean_std: Tensor
+        self._training_has_ended = False
 
     def add_roles(self) -> None:
         """Add the reward role, with a scalar head."""
@@ -65,7 +70,8 @@ class RewardModelModule(StageModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Loss of one batch of pairs."""
-        return self._compare(batch, "train")
+        loss, scores = self._compare(batch, "train")
+        return self.guarded(loss, batch, {"the scores": scores})
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Loss and accuracy on held-out pairs."""
@@ -78,6 +84,7 @@ class RewardModelModule(StageModule):
     @torch.no_grad()
     def on_train_end(self) -> None:
         """Measure mean and standard deviation of the scores on answers of the reference policy."""
+        self._training_has_ended = True
         wanted = self.score_statistics.samples
         if wanted == 0 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -86,15 +93,20 @@ class RewardModelModule(StageModule):
             self.shard_roles()
         self.trainer.strategy.model_to_device()
         engine = TransformersEngine(self.backbone, RolloutSettings(self.score_statistics.max_new_tokens))
-        scores: list[Tensor] = []
-        for batch in self._first_epoch():
-            scores.append(gather_rows(self._score_reference_answers(batch.to(self.device), engine)))
-            if sum(map(len, scores)) >= wanted:
-                break
+
+        def score(batch: PreferenceBatch) -> Tensor:
+            return gather_rows(self._score_reference_answers(batch.to(self.device), engine))
+
         try:
-            self.score_mean_std.copy_(score_statistics(torch.cat(scores)[:wanted], "the reward model"))
+            scores = collect_scores(self._first_epoch(), score, wanted, self.guard.settings)
+            self.score_mean_std.copy_(score_statistics(scores, "the reward model"))
         except UserError as error:  # the trained role is worth more than its statistics
             rank_zero_warn(f"{error} It is saved without score statistics.")
+
+    def finish(self) -> None:
+        """Measure them now in a run that goes on after its last step, for which Lightning ends no training."""
+        if not self._training_has_ended:
+            self.on_train_end()
 
     def role_card(self) -> RoleCard:
         """As :meth:`StageModule.role_card`, with mean and standard deviation of the scores."""
@@ -114,8 +126,10 @@ class RewardModelModule(StageModule):
         )
         return self.backbone.sequence_scores(self.trained_role, trajectory.sequences).float()
 
-    def _compare(self, batch: PreferenceBatch, split: str) -> Tensor:
-        chosen, rejected = self.backbone.sequence_scores(self.trained_role, batch.sequences).chunk(2)
+    def _compare(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, Tensor]:
+        """The loss, and the scores of chosen and rejected answers, (2B,)."""
+        scores = self.backbone.sequence_scores(self.trained_role, batch.sequences)
+        chosen, rejected = scores.chunk(2)
         loss = bradley_terry_loss(chosen, rejected).mean()
         metrics = {
             "loss": loss,
@@ -126,4 +140,4 @@ class RewardModelModule(StageModule):
         }
         for name, value in metrics.items():
             self.log_mean(f"{split}/{name}", value, len(batch), shown=name in {"loss", "accuracy"})
-        return loss
+        return loss, scores

@@ -5,7 +5,7 @@ be called from a notebook, the third needs the trainer's optimizers. `global_ste
 count iterations: of all optimizer steps of an iteration only the last goes through Lightning's wrapper, which counts.
 """
 
-from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,29 +16,25 @@ from rto_lightning.algorithms import adaptive_kl_coefficient, estimate_advantage
 from rto_lightning.backbone import BackboneSettings, Message
 from rto_lightning.data import PromptBatch
 from rto_lightning.errors import UserError
-from rto_lightning.modules.experience import Experience, PolicyReading, ScoredTrajectory
+from rto_lightning.modules.experience import Experience
 from rto_lightning.modules.gathering import gather_scored
+from rto_lightning.modules.numerics import IterationGuard, NumericsSettings
 from rto_lightning.modules.phases import Phases
 from rto_lightning.modules.ppo_update import minibatches, ppo_update
 from rto_lightning.modules.reading import TrajectoryReader
-from rto_lightning.modules.rto_inputs import check_even_rows, check_inputs, reward_sources
+from rto_lightning.modules.rewarded_rollouts import RewardedRollouts
+from rto_lightning.modules.rto_inputs import check_inputs, reward_sources
 from rto_lightning.modules.rto_roles import add_critic, add_dpo, add_policy_average, average_policy, scale_critic
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
-from rto_lightning.modules.scoring import read_policy, samples_exactly, score_trajectory, weigh_for_engine
-from rto_lightning.modules.stage import StageModule
-from rto_lightning.parallel import gather_rows, ranks
-from rto_lightning.rewards import WeightedReward, WeightedScores, make_scores
-from rto_lightning.rollout import RolloutSettings, Trajectory, build_engine, response_texts, sample_seeds
+from rto_lightning.modules.scoring import read_policy, weigh_for_engine
+from rto_lightning.parallel import ranks
+from rto_lightning.rewards import RewardServiceSettings, WeightedReward, WeightedScores, make_scores
+from rto_lightning.rollout import RolloutSettings, Trajectory, build_engine
 from rto_lightning.seeding import run_seed
 from rto_lightning.strategies import local_gradients
 
-EVALUATION = -1
-"""Stands for the iteration in seeds of held-out rollouts, so that these are the same draws each time."""
-NORMALIZATION = -2
-"""The same for the rollouts of the reference on which scores are normalised."""
 
-
-class RTOModule(StageModule):
+class RTOModule(RewardedRollouts):
     """Reinforced token optimization; with `rewards.beta_1: 0` it is PPO.
 
     `validate` and `test` sample answers to held-out prompts and log every reward term without an update; `predict`
@@ -52,6 +48,8 @@ class RTOModule(StageModule):
         reward: Saved reward role, or folder or hub name of a sequence-classification model with one label.
         reward_function: A Python function `module:function` in the place of the reward model, called as
             `function(prompts, responses)`; returns a number for each response.
+        reward_url: Address of an HTTP reward service, or of several, in the place of the reward model.
+        reward_service: How the service is asked.
         more_rewards: Further sources of scores; the weighted sum of all is the score.
         rollout: How responses are sampled.
         rewards: The terms of the reward.
@@ -64,6 +62,7 @@ class RTOModule(StageModule):
         policy_scheduler: Learning-rate schedule of the policy, stepped once an iteration in which it is trained.
         critic_scheduler: Learning-rate schedule of the critic, stepped once an iteration.
         seed: Seed of the rollouts and of the order of minibatches; null takes `seed_everything`.
+        numerics: What happens when something is NaN or infinite.
     """
 
     stage_name = "rto"
@@ -76,6 +75,8 @@ class RTOModule(StageModule):
         dpo_reference: str | None = None,
         reward: str | None = None,
         reward_function: str | None = None,
+        reward_url: list[str] | str | None = None,
+        reward_service: RewardServiceSettings = RewardServiceSettings(),  # noqa: B008
         more_rewards: list[WeightedReward] | None = None,
         rollout: RolloutSettings = RolloutSettings(),  # noqa: B008
         rewards: RewardSettings = RewardSettings(),  # noqa: B008
@@ -87,11 +88,14 @@ class RTOModule(StageModule):
         policy_scheduler: LRSchedulerCallable | None = None,
         critic_scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
+        numerics: NumericsSettings = NumericsSettings(),  # noqa: B008
     ) -> None:
-        super().__init__(backbone, trained, policy_optimizer, policy_scheduler)
+        super().__init__(backbone, trained, policy_optimizer, policy_scheduler, numerics)
+        self.guard: IterationGuard = IterationGuard(numerics)
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise UserError(f"model.ema_decay is {ema_decay}; set it between 0 and 1, or to null.")
-        self.sources = reward_sources(reward, reward_function, more_rewards or [], rewards.beta_3)
+        first = (reward, reward_function, reward_url, reward_service)
+        self.sources = reward_sources(*first, more_rewards or [], rewards.beta_3)
         check_inputs(dpo, self.sources, rewards, ppo, critic)
         rollout.check(rewards.min_response_tokens, ppo.sampling_logprobs, ppo.importance_weight_cap)
         self.automatic_optimization = False
@@ -180,40 +184,6 @@ class RTOModule(StageModule):
         self.ppo.check(self._datamodule.batch_size * self.rollout_settings.responses_per_prompt, ranks())
         self._measure_if_needed(self._first_epoch, shared_out=True)
 
-    def on_validation_start(self) -> None:
-        """Measure score statistics on the validation prompts, if they are unknown."""
-        self._measure_if_needed(self._datamodule.val_dataloader)
-
-    def on_test_start(self) -> None:
-        """Measure score statistics on the test prompts, if they are unknown."""
-        self._measure_if_needed(self._datamodule.test_dataloader)
-
-    @torch.no_grad()
-    def measure_score_statistics(self, batches: Iterable[PromptBatch], shared_out: bool = False) -> None:
-        """Set mean and standard deviation of the scores from answers of the reference policy.
-
-        Args:
-            batches: prompts; `rewards.normalization_samples` of them are answered.
-            shared_out: whether each rank has a share of a batch, rather than all of it.
-
-        Raises:
-            UserError: if all answers have the same score.
-        """
-        assert self.scores is not None
-        wanted, scores = self.rewards.normalization_samples, torch.empty(0)
-        for batch in batches:
-            batch = batch.to(self.device)
-            seeds = sample_seeds(self.seed, NORMALIZATION, batch.index)
-            trajectory = self.engine.rollout("reference", batch.input_ids, batch.attention_mask, seeds)
-            of_batch = self.reader.scores(self.scores, trajectory, batch.messages)
-            scores = torch.cat([scores, (gather_rows(of_batch) if shared_out else of_batch).cpu()])
-            if len(scores) >= wanted:
-                break
-        units_are_new = not self.scores.normalizer().ready
-        self.scores.measure(scores[:wanted])
-        if units_are_new and self.critic.init == "reward" and "critic" in self.backbone.roles:
-            scale_critic(self.backbone, self.critic, self.scores, self.rewards.beta_3)
-
     # One iteration ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -224,7 +194,7 @@ class RTOModule(StageModule):
             trajectory = self.rollout(batch, iteration)
         with self.phases.phase("scoring", self.trainer):
             experience = self.score(trajectory, batch.messages)
-        with self.phases.phase("update", self.trainer):
+        with self.phases.phase("update", self.trainer, changes_weights=True):
             losses = self.update(experience, iteration)
             if self.ema_decay is not None:
                 average_policy(self.backbone, self.ema_decay)
@@ -239,32 +209,6 @@ class RTOModule(StageModule):
         for name, value in metrics.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=samples)
 
-    def rollout(self, batch: PromptBatch, iteration: int, role: str = "policy") -> Trajectory:
-        """Sample a response to each prompt.
-
-        Args:
-            batch: B prompts; for several responses to each, `batch.repeated(times)`.
-            iteration: enters the seed of each sample, with the run's seed and the prompt's row.
-            role: who answers.
-        """
-        seeds = sample_seeds(self.seed, iteration, batch.index)
-        keep = self._keeps_sampling_logprobs
-        head = self.backbone.head(self._value_role) if keep and role == "policy" and self._value_role else None
-        prompts = batch.input_ids, batch.attention_mask
-        return self.engine.rollout(role, *prompts, seeds, with_logprobs=keep, value_head=head)
-
-    @torch.no_grad()
-    def reward(self, trajectory: Trajectory, prompts: list[list[Message]], role: str = "policy") -> ScoredTrajectory:
-        """Read the trajectory as every role but the critic and turn that into the reward of every token.
-
-        Args:
-            trajectory: B prompts with a response each.
-            prompts: the messages of the prompts, for reward sources that read text.
-            role: whose responses they are.
-        """
-        policy = read_policy(self.reader, role, trajectory, self._temperature)
-        return self._reward(trajectory, policy, prompts)
-
     @torch.no_grad()
     def score(self, trajectory: Trajectory, prompts: list[list[Message]]) -> Experience:
         """Rewards as `reward` gives them, and the advantages and returns that policy and critic are trained on.
@@ -276,6 +220,7 @@ class RTOModule(StageModule):
             prompts: the messages of the prompts, for reward sources that read text.
         """
         ppo, group_size = self.ppo, self.rollout_settings.responses_per_prompt
+        self.guard.prompts = prompts
         policy = read_policy(self.reader, "policy", trajectory, self._temperature, self._value_role)
         scored = self._reward(trajectory, policy, prompts)
         values = policy.values
@@ -304,18 +249,21 @@ class RTOModule(StageModule):
         optimizers = self.optimizers()
         policy, critic = optimizers if isinstance(optimizers, list) else (optimizers, None)
         train_policy = critic is None or iteration >= self.critic.warmup_iterations
+        passes = self.guard.experience_passes(self, experience)
         with local_gradients(self.trainer.strategy):
             metrics = ppo_update(
                 self.backbone,
                 experience,
-                minibatches(samples, self.ppo, self.seed, iteration),
+                minibatches(samples, self.ppo, self.seed, iteration) if passes else (),
                 self.ppo,
                 self.rollout_settings.temperature,
                 self.manual_backward,
                 policy if train_policy else None,
                 critic,
+                partial(self.guard.step_passes, self, experience),
                 self.critic.value_coefficient if critic is not None and self.critic.shared else None,
             )
+        self.log_skipped_steps()
         for name, scheduler in self._schedulers.items():
             if name == "critic" or train_policy:
                 scheduler.step()
@@ -325,70 +273,8 @@ class RTOModule(StageModule):
         """Plain: the losses of policy and critic each run it within their own role."""
         loss.backward(*args, **kwargs)
 
-    # Held-out prompts -------------------------------------------------------------------------------------------
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Every reward term on answers to held-out prompts."""
-        self._evaluate(batch, "validation")
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Every reward term on answers to test prompts."""
-        self._evaluate(batch, "test")
-
-    def on_predict_start(self) -> None:
-        """Refuse rows of which some ranks have one more than others, where all compute a batch together."""
-        check_even_rows(self.trainer, together=self.is_sharded or self.rollout_settings.engine == "vllm")
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """The answers: for each prompt its row, its messages, the response text and whether it was truncated."""
-        trajectory = self.rollout(batch, EVALUATION, self.saved_role)
-        return [
-            {"index": int(index), "prompt": prompt, "response": text, "truncated": bool(truncated)}
-            for index, prompt, text, truncated in zip(
-                batch.index, batch.messages, response_texts(trajectory, self.chat), trajectory.truncated, strict=True
-            )
-        ]
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that lacks the moving average which the settings ask for, by a UserError."""
+        super().on_load_checkpoint(checkpoint)
         if self.ema_decay is not None and not any("policy_average" in name for name in checkpoint["state_dict"]):
             raise UserError("the checkpoint holds no moving average of the policy; set model.ema_decay to null.")
-
-    def role_settings(self) -> dict[str, Any]:
-        """The statistics by which scores were normalised, so that a test of the policy takes the same."""
-        return {"score_statistics": self.scores.statistics()} if self.scores is not None else {}
-
-    # Inside -----------------------------------------------------------------------------------------------------
-
-    def _measure_if_needed(self, dataloader: Callable[[], Iterable[PromptBatch]], shared_out: bool = False) -> None:
-        if self.scores is not None and not self.scores.ready:
-            self.measure_score_statistics(dataloader(), shared_out)
-
-    @property
-    def _temperature(self) -> float:
-        """At which policy and reference are read; greedy answers are read at 1."""
-        return self.rollout_settings.temperature or 1.0
-
-    @property
-    def _value_role(self) -> str | None:
-        """The critic, if it is there and read off the policy's own forward."""
-        return "critic" if self.critic.shared and "critic" in self.backbone.roles else None
-
-    @property
-    def _keeps_sampling_logprobs(self) -> bool:
-        if self._trainer is not None and self.trainer.predicting:
-            return False
-        if self.ppo.sampling_logprobs is not None:
-            return self.ppo.sampling_logprobs
-        precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
-        return samples_exactly(self.settings.frozen_dtype, self.settings.quantization is not None, precision)
-
-    def _reward(self, trajectory: Trajectory, policy: PolicyReading, prompts: list[list[Message]]) -> ScoredTrajectory:
-        settings = self._temperature, self.rewards, float(self.kl_coefficient)
-        return score_trajectory(self.reader, trajectory, policy, prompts, *settings, self.scores)
-
-    def _evaluate(self, batch: PromptBatch, split: str) -> None:
-        trajectory = self.rollout(batch, EVALUATION, self.saved_role)
-        shown = {"reward/total", "kl"}
-        for name, value in self.reward(trajectory, batch.messages, self.saved_role).metrics().items():
-            self.log_mean(f"{split}/{name}", value.float(), len(batch), shown=name in shown)

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from rto_lightning.backbone.roles import role_folder
 from rto_lightning.errors import UserError
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
-from rto_lightning.rewards import WeightedReward, saved_reward_role
+from rto_lightning.rewards import RewardServiceSettings, WeightedReward, saved_reward_role
 
 
 def check_even_rows(trainer: Trainer, together: bool) -> None:
@@ -55,7 +55,8 @@ def check_inputs(
         )
     if rewards.beta_3 != 0 and not sources:
         raise UserError(
-            "rewards.beta_3 is not 0, which needs model.reward or model.reward_function; set one, or beta_3 to 0."
+            "rewards.beta_3 is not 0, which needs model.reward, model.reward_function or model.reward_url; set one, or "
+            "beta_3 to 0."
         )
     if rewards.granularity == "shaping" and ppo.gamma != 1:
         raise UserError(
@@ -80,7 +81,12 @@ def check_inputs(
 
 
 def reward_sources(
-    reward: str | None, reward_function: str | None, more: Sequence[WeightedReward], beta_3: float
+    reward: str | None,
+    reward_function: str | None,
+    reward_url: list[str] | str | None,
+    reward_service: RewardServiceSettings,
+    more: Sequence[WeightedReward],
+    beta_3: float,
 ) -> list[WeightedReward]:
     """All sources of scores, the first of them with weight 1.
 
@@ -89,9 +95,10 @@ def reward_sources(
     """
     if more and beta_3 == 0:
         raise UserError("model.more_rewards are scores, of which rewards.beta_3 0 leaves none; remove them.")
-    if reward is not None and reward_function is not None:
-        raise UserError(
-            "model.reward and model.reward_function are both set; set one to null, and name it in model.more_rewards."
-        )
-    first = [] if reward is None and reward_function is None else [WeightedReward(reward, reward_function)]
-    return [*first, *more]
+    named = {"model.reward": reward, "model.reward_function": reward_function, "model.reward_url": reward_url}
+    given = [name for name, value in named.items() if value is not None]
+    if not given:
+        return list(more)
+    if len(given) > 1:
+        raise UserError(f"{given[0]} and {given[1]} are both set; set one to null, and name it in model.more_rewards.")
+    return [WeightedReward(reward, reward_function, reward_url, reward_service=reward_service), *more]

@@ -62,9 +62,10 @@ def score_trajectory(
     ends: Tensor | None = None
     if rewards.beta_1 != 0:
         # DPO and its reference are read at temperature 1, where DPO was trained.
-        dpo = reader.logprobs("dpo", trajectory)
+        # The clip of token rewards would hide an infinite one, but not NaN.
+        dpo = _infinity_as_nan(reader.logprobs("dpo", trajectory))
         if "dpo_reference" in backbone.roles:
-            dpo_reference = reader.logprobs("dpo_reference", trajectory)
+            dpo_reference = _infinity_as_nan(reader.logprobs("dpo_reference", trajectory))
         elif temperature != 1.0:
             dpo_reference = reader.logprobs("reference", trajectory)
         if rewards.granularity == "sentence":
@@ -92,6 +93,10 @@ def score_trajectory(
     )
     kl = kl_estimate(policy.logprobs, reference, mask, "k1")
     return ScoredTrajectory(trajectory, policy.logprobs, policy.entropy, kl, of_sources, terms)
+
+
+def _infinity_as_nan(logprobs: Tensor) -> Tensor:
+    return logprobs.where(logprobs.isfinite(), torch.nan)
 
 
 def weigh_for_engine(advantages: Tensor, scored: ScoredTrajectory, cap: float | None) -> Tensor:

@@ -13,7 +13,8 @@ class SFTModule(StageModule):
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        return self._loss(batch, "train")
+        loss, logprobs = self._loss(batch, "train")
+        return self.guarded(loss, batch, {"the policy's log-probabilities": logprobs})
 
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """Loss on held-out demonstrations."""
@@ -23,7 +24,8 @@ class SFTModule(StageModule):
         """Loss on test demonstrations."""
         self._loss(batch, "test")
 
-    def _loss(self, batch: DemonstrationBatch, split: str) -> Tensor:
+    def _loss(self, batch: DemonstrationBatch, split: str) -> tuple[Tensor, Tensor]:
+        """The loss and the log-probability of each response token, (B, T)."""
         mask = batch.sequences.response_mask
         logprobs, _ = self.backbone.token_logprobs(self.trained_role, batch.sequences)
         loss, tokens = -masked_mean(logprobs, mask), mask.sum()
@@ -32,4 +34,4 @@ class SFTModule(StageModule):
             loss = loss * tokens * ranks() / all_tokens
         # Weighted by tokens, the mean over an epoch does not depend on the batch size.
         self.log_mean(f"{split}/loss", loss, int(all_tokens), shown=True)
-        return loss
+        return loss, logprobs

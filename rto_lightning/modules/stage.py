@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from rto_lightning.backbone import BackboneSettings, ChatTokenizer, PolicyBackbone, RoleCard, load_chat_tokenizer
 from rto_lightning.backbone.fingerprints import adapter_fingerprint
 from rto_lightning.backbone.roles import check_init, role_folder
+from rto_lightning.data.order import processed_batches
 from rto_lightning.errors import UserError
+from rto_lightning.modules.numerics import NumericsGuard, NumericsSettings
 from rto_lightning.optimizers import build_optimizer, check_optimizer, check_shardable
-from rto_lightning.parallel import ranks, sum_gradients
+from rto_lightning.parallel import rank, ranks, sum_gradients
+from rto_lightning.seeding import run_seed, seed_generators
 from rto_lightning.strategies import FullyShardedStrategy, check_strategy
 
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
@@ -33,6 +37,7 @@ class StageModule(LightningModule):
         trained: Saved role of this stage to test, to predict with, or to train further.
         optimizer: Optimizer of the trained role.
         lr_scheduler: Learning-rate schedule, stepped after each optimizer step.
+        numerics: What happens when something is NaN or infinite.
     """
 
     stage_name = "sft"
@@ -46,8 +51,10 @@ class StageModule(LightningModule):
         trained: str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        numerics: NumericsSettings = NumericsSettings(),  # noqa: B008
     ) -> None:
         super().__init__()
+        self.guard = NumericsGuard(numerics)
         self.settings = backbone
         self.trained = trained
         self.optimizer = optimizer
@@ -75,6 +82,7 @@ class StageModule(LightningModule):
             UserError: if `trainer.precision` is not one of `32-true`, `bf16-mixed` and `64-true`; if the strategy
                 cannot run a stage; in training also if an optimizer cannot take a step on the device.
         """
+        self.guard.restore([])  # a checkpoint, which is read later, knows better
         check_strategy(self.trainer.strategy)
         precision = str(self.trainer.precision)
         if precision not in PRECISIONS:
@@ -142,6 +150,38 @@ class StageModule(LightningModule):
         if self.automatic_optimization and self.is_sharded:
             sum_gradients(self.backbone.trained_parameters(self.trained_role), mean=True)
 
+    def guarded(self, loss: Tensor, batch: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a training batch for Lightning to train on; see :meth:`NumericsGuard.watch`."""
+        if self._trainer is None:
+            self.guard.watched.clear()  # no step will
+        return self.guard.watch(batch, loss, tensors)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does; leave a step without gradients, so that it moves nothing, if it must not be taken."""
+        if self.guard.watched_passes(self):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            optimizer.zero_grad(set_to_none=True)
+        self.log_skipped_steps()
+
+    def log_skipped_steps(self) -> None:
+        """Log their number, once there are any."""
+        if self.guard.skipped_steps:
+            self.log("train/skipped_steps", float(self.guard.skipped_steps), batch_size=1)
+
+    def on_validation_end(self) -> None:
+        """Warn of metrics that are not finite."""
+        self._warn_of_metrics("validation")
+
+    def on_test_end(self) -> None:
+        """Warn of metrics that are not finite."""
+        self._warn_of_metrics("test")
+
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: only RTO answers prompts.
 
@@ -152,13 +192,26 @@ class StageModule(LightningModule):
             f"the {self.stage_name} stage has no predict; give its role to the RTO stage as --model.trained."
         )
 
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: trained weights and buffers of the stage, as they are."""
+        trained = {id(weight) for role in self.backbone.roles for weight in self.backbone.trained_parameters(role)}
+        kept: dict[str, Tensor] = {name: weight for name, weight in self.named_parameters() if id(weight) in trained}
+        return kept | {name: value for name, value in self.named_buffers() if not name.startswith("backbone.")}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained weights and buffers of the stage only."""
-        trained = {id(weight) for role in self.backbone.roles for weight in self.backbone.trained_parameters(role)}
-        kept = {name for name, parameter in self.named_parameters() if id(parameter) in trained}
-        kept |= {name for name, _ in self.named_buffers() if not name.startswith("backbone.")}
-        weights: Mapping[str, Tensor] = checkpoint["state_dict"]
+        kept, weights = self.kept_tensors(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: weights[name] for name in weights if name in kept}
+        if skipped := self.guard.state():
+            checkpoint["skipped_steps"] = skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting the steps that were left out."""
+        self.guard.restore(checkpoint.get("skipped_steps", []))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the global generators for this batch: nothing here draws from them, a user's function may."""
+        seed_generators(run_seed(None), processed_batches(self.trainer), rank())
 
     def log_mean(self, name: str, value: Tensor, weight: int, shown: bool = False) -> None:
         """Log a mean of this rank's batch; what appears is the mean over ranks and, per epoch, over batches.
@@ -170,6 +223,9 @@ class StageModule(LightningModule):
             shown: also on the progress bar.
         """
         self.log(name, value.detach(), prog_bar=shown, batch_size=weight, sync_dist=ranks() > 1)
+
+    def finish(self) -> None:
+        """What is left to do between the last step and the saving of the role; a run killed there does it again."""
 
     def save_role(self, folder: Path) -> None:
         """Write the trained role as a PEFT or Hugging Face folder with a `role.json`; every rank has to call it.
@@ -198,6 +254,11 @@ class StageModule(LightningModule):
     def is_sharded(self) -> bool:
         """Whether the strategy spreads models over ranks."""
         return self._trainer is not None and isinstance(self.trainer.strategy, FullyShardedStrategy)
+
+    def _warn_of_metrics(self, split: str) -> None:
+        metrics = self.trainer.callback_metrics.items()
+        if bad := [name for name, value in metrics if name.startswith(f"{split}/") and not value.isfinite()]:
+            rank_zero_warn(f"after step {self.global_step} these metrics are NaN or infinite: {', '.join(bad)}.")
 
     @property
     def _datamodule(self) -> Any:

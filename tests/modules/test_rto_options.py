@@ -287,7 +287,7 @@ def test_kl_stop_ends_the_policys_updates_and_the_critic_goes_on(tiny_model, fil
         rows = [torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([0, 3])][:minibatches]
         metrics[name] = ppo_update(
             module.backbone, experience, rows, ppo, 1.0, lambda loss: loss.backward(),
-            optimizers["policy"], optimizers.get("critic"),
+            optimizers["policy"], optimizers.get("critic"), lambda *step: True,
         )  # fmt: skip
         weights[name] = {role: module.backbone.trained_parameters(role) for role in optimizers}
         counted[name] = sum(optimizer.steps for optimizer in optimizers.values())
