@@ -1,5 +1,6 @@
 """Which of Lightning's strategies a stage runs on, and fully sharded training as it is done here (FSDP2)."""
 
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-import torch.distributed.checkpoint as distributed_checkpoint
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from rto_lightning.backbone.shard_files import load_shards, read_index
 from rto_lightning.backbone.sharding import Sharding
 from rto_lightning.errors import UserError
-
-METADATA_FILE = "meta.pt"
-"""What of a sharded checkpoint is no tensor, as Lightning names it."""
+from rto_lightning.runs.checkpoint_files import METADATA_FILE
+from rto_lightning.runs.files import PARTIAL, remove, sync_folder
 
 _SHARDED = ("fsdp", "fsdp2", "model_parallel")
 _SHARDED_OFFLOADED = ("fsdp_cpu_offload", "fsdp_offload")
@@ -147,7 +147,20 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a folder, to which every rank adds its shards, or a file."""
-        if self._holds_shards:
+        if self._holds_shards and self._save_distributed_checkpoint:
+            place = Path(self.broadcast(filepath))
+            partial = place.with_name(place.name + PARTIAL)
+            if self.is_global_zero and partial.exists():
+                shutil.rmtree(partial)  # left by a run that was killed
+            self.barrier("save_checkpoint")
+            super().save_checkpoint(checkpoint, partial, storage_options)
+            self.barrier("save_checkpoint")
+            if self.is_global_zero:
+                if place.exists():
+                    remove(place)
+                partial.replace(place)
+                sync_folder(place.parent)
+        elif self._holds_shards:
             super().save_checkpoint(checkpoint, filepath, storage_options)
         elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
@@ -166,18 +179,20 @@ class FullyShardedStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None and self.model is not None
         if not path.is_dir():
             return self._load_file(path, weights_only)
-        metadata: dict[str, Any] = torch.load(path / METADATA_FILE, map_location="cpu", weights_only=bool(weights_only))
+        metadata: dict[str, Any] = torch.load(
+            path / METADATA_FILE, map_location="cpu", weights_only=weights_only is not False
+        )
         states: dict[str, Any] = {"state_dict": self.lightning_module.state_dict()}
         self.lightning_module.on_save_checkpoint(states)  # keeps what a checkpoint holds
         states |= {
             f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)
             for number, optimizer in enumerate(self.optimizers)
         }
-        stored = distributed_checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+        stored = read_index(path).state_dict_metadata
         for name in states["state_dict"]:
             if f"state_dict.{name}" not in stored:
                 raise UserError(f"the checkpoint {path} lacks {name}; resume with the settings that it was saved with.")
-        distributed_checkpoint.load(states, checkpoint_id=path)  # into the module's own weights
+        load_shards(states, path)  # into the module's own weights
         for number, optimizer in enumerate(self.optimizers):
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=states[f"optimizer_{number}"])
         return metadata | {"state_dict": states["state_dict"]}

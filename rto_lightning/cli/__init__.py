@@ -4,12 +4,14 @@ This file decides which command is meant and how errors are shown. What needs Li
 only once it is needed, so that help, version and misspelled paths are answered at once.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 
 from rto_lightning.cli.config_errors import ConfigurationError
 from rto_lightning.cli.stage import STAGE_COMMANDS, run_stage
-from rto_lightning.errors import UserError
+from rto_lightning.errors import Stopped, UserError
+from rto_lightning.secrets import mask_output, mask_text
 
 USAGE = """\
 usage: rto-lightning COMMAND [options]
@@ -27,6 +29,8 @@ commands on one stage (SFT, DPO, reward model or RTO, as the configuration says)
   export FROM TO                write a trained role as a PEFT or Hugging Face folder with a model card; FROM is the
                                 folder of a stage, a role/ folder or a checkpoint; --merge adds an adapter to its base,
                                 --push_to_hub USER/NAME uploads it (`rto-lightning export --help`)
+  serve-reward FROM             answer over HTTP with the scores of a reward role, found as by export; for
+                                model.reward_url and OpenRLHF (`rto-lightning serve-reward --help`)
 command on a list of stages:
   pipeline --config FILE.yaml   run the stages in order, and skip what is done
 
@@ -44,15 +48,30 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments as typed after `rto-lightning`; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 after a `UserError`; 2 when the configuration or command line cannot be read.
+        The exit status: 0; 1 after a `UserError`; 2 when the configuration or command line cannot be read; 128 and the
+        number of the signal that has ended a run, such as 143 for SIGTERM.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    mask_output()
     try:
         _dispatch(arguments)
     except UserError as error:
-        print(f"rto-lightning: error: {error}", file=sys.stderr)
+        print(f"rto-lightning: error: {mask_text(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
+    except Stopped as stop:
+        print(f"rto-lightning: {mask_text(_how_to_go_on(stop, arguments))}", file=sys.stderr)
+        return stop.exit_status
     return 0
+
+
+def _how_to_go_on(stop: Stopped, arguments: Sequence[str]) -> str:
+    if arguments[0] not in ("fit", "pipeline"):
+        return f"{stop} ended the {arguments[0]}."
+    if stop.saved is None:
+        return f"{stop} ended the run outside of its steps; the same command begins again or goes on."
+    resume = [] if arguments[0] == "pipeline" or "--ckpt_path" in arguments else ["--ckpt_path", "last"]
+    command = shlex.join(["rto-lightning", *arguments, *resume])
+    return f"{stop} ended the run after step {stop.step}, saved as {stop.saved}; go on with: {command}"
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -75,8 +94,12 @@ def _dispatch(arguments: list[str]) -> None:
         from rto_lightning.cli.export import main as export_main
 
         export_main(arguments[1:])
+    elif command == "serve-reward":
+        from rto_lightning.cli.serve_reward import main as serve_reward_main
+
+        serve_reward_main(arguments[1:])
     elif command in STAGE_COMMANDS:
         run_stage(arguments)
     else:
-        known = ", ".join([*STAGE_COMMANDS, "plan", "pipeline", "export"])
+        known = ", ".join([*STAGE_COMMANDS, "plan", "pipeline", "export", "serve-reward"])
         raise ConfigurationError(f"unknown command `{command}`; choose one of {known} (--help explains them).")

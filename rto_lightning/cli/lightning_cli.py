@@ -3,14 +3,15 @@
 The folder of a stage is `trainer.default_root_dir`. It receives
 
     config.yaml         every setting of the run, ready for `rto-lightning fit --config`
-    checkpoints/        Lightning checkpoints, to resume from by `--ckpt_path`
+    checkpoints/        what `--ckpt_path last` goes on from
     tensorboard/<run>/  events for `tensorboard --logdir`
     metrics/<run>/      the same figures as metrics.csv
     role/               the trained role, once training has ended
     memory.json         the peak memory that was planned, and what `fit` took
     predictions.jsonl   the answers of `predict`
 
-where <run> is `fit`, or `fit-2` if the folder holds an earlier run; likewise for the other commands.
+where <run> is `fit`, or `fit-2` if an earlier run ended before its first step; likewise for the other commands. A run
+that goes on keeps its config.yaml and adds to its own tensorboard/ and metrics/.
 """
 
 import argparse
@@ -26,15 +27,27 @@ from typing import Any
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from rto_lightning.callbacks import MemoryReport, PhaseProgressBar, SaveRole, WritePredictions
+from rto_lightning.callbacks import MemoryReport, PhaseProgressBar, SaveCheckpoints, SaveRole, WritePredictions
 from rto_lightning.cli.config_errors import ConfigurationError, explain
 from rto_lightning.cli.short_names import know_optimizers
-from rto_lightning.errors import UserError
+from rto_lightning.errors import Stopped, UserError
+from rto_lightning.runs.checkpoint_files import steps_of
+from rto_lightning.runs.folder import (
+    CHECKPOINTS,
+    check_same_settings,
+    checkpoint_to_resume,
+    last_checkpoint,
+    lasts_as_long,
+)
+from rto_lightning.runs.metrics_file import MetricsFileLogger
+from rto_lightning.runs.signals import StopSignals
+from rto_lightning.secrets import check_not_masked, mask_yaml
 
 ROLE_FOLDER = "role"
 """Name of the trained role inside a stage's folder."""
@@ -45,7 +58,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 MEMORY_FILE = "memory.json"
 """Name of the planned and measured peak memory in a stage's folder."""
 
-_KEYWORD_CHECKPOINTS = ("best", "last", "hpc", "registry")
+_KEYWORD_CHECKPOINTS = ("best", "last", "registry")
 
 # Lines of libraries that say nothing about the run at hand.
 _NOISE = (
@@ -73,12 +86,16 @@ def stage_module_class() -> type[LightningModule]:
     return StageModule
 
 
+class AlreadyFinished(Exception):
+    """The run that is to go on has ended before."""
+
+
 class SaveRunConfig(SaveConfigCallback):
     """Writes the settings into the stage's folder; an earlier, different file is kept."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes `config.yaml` (`config-test.yaml` and so on for the commands that do not train)."""
-        text = self.parser.dump(self.config, skip_unset=False)
+        text = mask_yaml(self.parser.dump(self.config, skip_unset=False))
         command = str(getattr(stage, "value", stage))
         stem = "config" if command == "fit" else f"config-{command}"
         directory = Path(trainer.default_root_dir)
@@ -101,6 +118,8 @@ class RTOCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], config_files: Sequence[str]) -> None:
         self.config_files = config_files
+        self.resumed_steps: int | None = None
+        """Optimizer steps before the checkpoint that the run of this folder goes on from; None in a new run."""
         # Errors come as exceptions, which `explain` makes readable, instead of usage texts.
         quiet_parsers: dict[str, Any] = {command: {"exit_on_error": False} for command in self.subcommands()}
         super().__init__(
@@ -132,34 +151,58 @@ class RTOCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             raise ConfigurationError(explain(str(error), self.config_files, self._accepted(args[0]))) from error
+        check_not_masked(self.config.as_dict().get(args[0]))
 
     def _parse_ckpt_path(self) -> None:
+        """Checks the path; settings are not taken from checkpoints, as LightningCLI would."""
         command = self.config[self.config.subcommand]
         path = command.get("ckpt_path")
         if path and not Path(path).exists() and not str(path).startswith(_KEYWORD_CHECKPOINTS):
             raise UserError(f"the checkpoint {path} does not exist; check the path after --ckpt_path.")
-        try:
-            super()._parse_ckpt_path()
-        except argparse.ArgumentError as error:
-            reason = explain(str(error), [], self._accepted(self.config.subcommand))
-            raise UserError(f"the settings in {path} do not fit this version: {reason}") from error
 
     def before_instantiate_classes(self) -> None:
-        """Settles the stage's folder, and refuses one that holds a trained role, before anything is loaded.
+        """Settles the stage's folder and where the run goes on, before anything is loaded.
 
         Raises:
-            UserError: If `fit` would have to write over a role.
+            AlreadyFinished: If the run to go on with has trained its role.
+            UserError: If `fit` would have to write over a role, or would mix two runs; or if there is no checkpoint.
         """
         settings = self.config[self.subcommand].trainer
         if settings.default_root_dir is None:
             stem = Path(self.config_files[0]).stem if self.config_files else "run"
             settings.default_root_dir = str(Path("outputs") / stem)
-        role = Path(settings.default_root_dir) / ROLE_FOLDER
-        if self.subcommand == "fit" and not settings.fast_dev_run and role.exists():
+        root, command = Path(settings.default_root_dir), self.config[self.subcommand]
+        if command.get("ckpt_path") == "last":
+            found = checkpoint_to_resume(root)
+            if found is None and self.subcommand != "fit":
+                raise UserError(f"there is no checkpoint in {root / CHECKPOINTS}; name one after --ckpt_path.")
+            command.ckpt_path = None if found is None else str(found)
+        if self.subcommand == "fit" and not settings.fast_dev_run:
+            self._settle_start(root, command.ckpt_path)
+
+    def _settle_start(self, root: Path, checkpoint: str | None) -> None:
+        """Decides whether a run begins or goes on, and refuses what would mix two."""
+        within = checkpoint is not None and Path(checkpoint).resolve().is_relative_to(root.resolve())
+        settings = mask_yaml(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
+        if within:
+            check_same_settings(root, settings)
+            self.resumed_steps = steps_of(Path(str(checkpoint)))
+            self.save_config_callback = None
+        role, unfinished = root / ROLE_FOLDER, last_checkpoint(root)
+        if role.exists():
+            if within and lasts_as_long(root, settings):
+                raise AlreadyFinished(f"{root} is finished: its role is {role}")
             raise UserError(
                 f"{role} exists already and is not written over; choose another --trainer.default_root_dir, "
                 "or remove that folder."
             )
+        if unfinished is not None and not within:
+            raise UserError(
+                f"{root} holds a run that is not finished; go on with it by --ckpt_path last, choose another "
+                "--trainer.default_root_dir, or remove that folder."
+            )
+        if within:
+            rank_zero_only(print)(f"Going on from {checkpoint}, at step {self.resumed_steps}.", flush=True)
 
     def instantiate_classes(self) -> None:
         """Builds data, module and trainer.
@@ -186,7 +229,7 @@ class RTOCLI(LightningCLI):
         settings = self.config_init[self.subcommand].trainer
         root = Path(settings.default_root_dir)
         if settings.logger is None or settings.logger is True:
-            kwargs["logger"] = default_loggers(root, str(self.subcommand))
+            kwargs["logger"] = default_loggers(root, str(self.subcommand), self.resumed_steps)
         kwargs["callbacks"] = [*_as_list(settings.callbacks), *self._default_callbacks(settings, root)]
         # Late, as it imports the models' libraries.
         from rto_lightning.strategies import check_checkpoint, check_processes, resolve_strategy
@@ -202,12 +245,17 @@ class RTOCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
-        except BaseException:
+            with StopSignals() as signals:
+                super()._run_subcommand(subcommand)
+                if signals.requested:
+                    raise Stopped(signals.requested)
+        except BaseException as error:
             # Processes that Lightning has started wait for this one, where only this signal is heard.
             kill = getattr(self.trainer.strategy.launcher, "kill", None)
             if kill is not None:
                 kill(signal.SIGKILL)
+            if isinstance(error, Stopped) and not self.trainer.is_global_zero:
+                raise SystemExit(error.exit_status) from None  # one process tells it
             raise
 
     def _default_callbacks(self, settings: Any, root: Path) -> list[Callback]:
@@ -218,11 +266,8 @@ class RTOCLI(LightningCLI):
         if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks.append(PhaseProgressBar())
         if self.subcommand == "fit" and not settings.fast_dev_run:
-            if settings.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
-                # A resumed run moves `last.ckpt` on; any other run in this folder leaves older files alone.
-                resumed = self.config_init[self.subcommand].ckpt_path is not None
-                directory = root / "checkpoints"
-                callbacks.append(ModelCheckpoint(directory, save_last="link", enable_version_counter=not resumed))
+            if settings.enable_checkpointing is not False and not any(isinstance(c, SaveCheckpoints) for c in given):
+                callbacks.append(SaveCheckpoints())
             callbacks += [SaveRole(root / ROLE_FOLDER), MemoryReport(root / MEMORY_FILE)]
         if self.subcommand == "predict":
             callbacks.append(WritePredictions(root / PREDICTIONS_FILE))
@@ -251,15 +296,23 @@ class PipelineStageCLI(RTOCLI):
         return trainer
 
 
-def default_loggers(root: Path, command: str) -> list[Logger]:
-    """TensorBoard and CSV loggers below a stage's folder, in new folders of their own."""
+def default_loggers(root: Path, command: str, resumed_steps: int | None = None) -> list[Logger]:
+    """TensorBoard and CSV loggers below a stage's folder: in new folders, or in those of the run that goes on.
+
+    Args:
+        root: The stage's folder.
+        command: `fit` or another.
+        resumed_steps: Optimizer steps before the checkpoint to go on from; None in a new run.
+    """
     number, run = 1, command
     while any((root / kind / run).exists() for kind in ("tensorboard", "metrics")):
-        number += 1
+        last, number = run, number + 1
         run = f"{command}-{number}"
+    if resumed_steps is not None and number > 1:
+        run = last
     return [
-        TensorBoardLogger(save_dir=root / "tensorboard", name="", version=run),
-        CSVLogger(save_dir=root / "metrics", name="", version=run),
+        TensorBoardLogger(save_dir=root / "tensorboard", name="", version=run, purge_step=resumed_steps),
+        MetricsFileLogger(root / "metrics", run, resumed_steps),
     ]
 
 
@@ -275,6 +328,7 @@ def run(args: Sequence[str], config_files: Sequence[str], cli: type[RTOCLI] = RT
         What has read them, with module and data.
 
     Raises:
+        AlreadyFinished: If the run to go on with has ended before.
         UserError: If the settings, or the data and roles they name, cannot be used.
     """
     quiet_libraries()

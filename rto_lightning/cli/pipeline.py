@@ -1,8 +1,9 @@
 """Runs a list of stages in order, each in a folder of its own, and skips what is done.
 
 A finished stage leaves `done.json` with what it was made from. Each later run compares: the same inputs skip
-the stage, other inputs are an error that says what differs, and a folder without `done.json` was interrupted:
-it is moved aside and the stage begins anew. A stage's inputs include those of the stages it names, and when
+the stage, other inputs are an error that says what differs. A folder without `done.json` was interrupted: training
+goes on from its last checkpoint if it would be made from the same inputs; else the folder is moved aside and the stage
+begins anew, as one that calls a function always does. A stage's inputs include those of the stages it names, and when
 these ran.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rto_lightning.cli.config_errors import CommandParser, ConfigurationError, explain
-from rto_lightning.cli.pipeline_records import finished_stages, stage_inputs, write_done
+from rto_lightning.cli.pipeline_records import can_go_on, finished_stages, stage_inputs, write_begun, write_done
 from rto_lightning.cli.pipeline_settings import (
     PLACEHOLDER,
     PipelineSettings,
@@ -98,11 +99,16 @@ def run_pipeline(settings: PipelineSettings, path: str | Path) -> list[StageResu
             f"run {stage.run}" if stage.fit is None else " ".join(["fit", *(str(base / file) for file in stage.files)])
         )
         folder = output_dir / stage.name
-        moved = _move_aside(folder)
-        if moved is not None:
+        inputs = stage_inputs(stage, settings.seed, base, records)
+        goes_on = stage.fit is not None and can_go_on(folder, inputs)
+        if goes_on:
+            print(f"{title}: was interrupted, and goes on", flush=True)
+        elif (moved := _move_aside(folder)) is not None:
             print(f"{title}: was interrupted; its folder is now {moved.name}", flush=True)
         print(f"{title}: {what} -> {folder}", flush=True)
-        inputs = stage_inputs(stage, settings.seed, base, records)
+        folder.mkdir(exist_ok=goes_on)
+        if stage.fit is not None:
+            write_begun(folder, inputs)
         started = time.monotonic()
         try:
             _run(stage, settings, output_dir, base)
@@ -139,7 +145,6 @@ def _run(stage: StageSettings, settings: PipelineSettings, output_dir: Path, bas
     folder = output_dir / stage.name
     folders = {other.name: str(output_dir / other.name) for other in settings.stages}
     arguments = {key: _fill(value, folders) for key, value in stage.arguments.items()}
-    folder.mkdir()
     if stage.fit is None:
         assert stage.run is not None
         _call(stage.run, folder, settings.seed, arguments)
@@ -147,7 +152,8 @@ def _run(stage: StageSettings, settings: PipelineSettings, output_dir: Path, bas
     options = [f"--{key}={_as_option(value)}" for key, value in arguments.items()]
     fixed = [f"--trainer.default_root_dir={folder}", f"--seed_everything={settings.seed}"]
     configs = [f"--config={base / file}" for file in stage.files]
-    run_stage(["fit", *configs, *fixed, *options], of_pipeline=True)
+    resume = [] if "ckpt_path" in arguments else ["--ckpt_path=last"]  # which in a new folder begins
+    run_stage(["fit", *configs, *fixed, *options, *resume], of_pipeline=True)
     if not (folder / "role").is_dir():
         raise UserError(f"training ended without a role in {folder / 'role'}; see its log for the reason.")
 

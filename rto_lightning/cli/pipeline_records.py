@@ -9,8 +9,12 @@ from typing import Any
 
 from rto_lightning.cli.pipeline_settings import PipelineSettings, StageSettings
 from rto_lightning.errors import UserError
+from rto_lightning.runs.files import written_whole
+from rto_lightning.secrets import mask_settings
 
 DONE_FILE = "done.json"
+BEGUN_FILE = "begun.json"
+"""What an unfinished stage is being made from, in its folder."""
 
 
 def finished_stages(settings: PipelineSettings, output_dir: Path, base: Path) -> dict[str, dict[str, Any]]:
@@ -50,7 +54,7 @@ def stage_inputs(
         record = records.get(name)
         named[name] = None if record is None else f"{record['hash']} of {record['finished']}"
     inputs = {"config": config, "run": stage.run, "arguments": stage.arguments, "seed": seed, "stages": named}
-    return json.loads(json.dumps(inputs, default=str))
+    return mask_settings(json.loads(json.dumps(inputs, default=str)))
 
 
 def _hash(inputs: Mapping[str, Any]) -> str:
@@ -91,7 +95,21 @@ def _read_done(folder: Path) -> dict[str, Any] | None:
 def write_done(folder: Path, inputs: dict[str, Any], seconds: float) -> dict[str, Any]:
     finished = datetime.now(UTC).isoformat(timespec="microseconds")
     record = {"hash": _hash(inputs), "inputs": inputs, "seconds": round(seconds, 1), "finished": finished}
-    partial = folder / (DONE_FILE + ".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    partial.rename(folder / DONE_FILE)
+    with written_whole(folder / DONE_FILE, "w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+    (folder / BEGUN_FILE).unlink(missing_ok=True)
     return record
+
+
+def write_begun(folder: Path, inputs: dict[str, Any]) -> None:
+    with written_whole(folder / BEGUN_FILE, "w", encoding="utf-8") as file:
+        file.write(json.dumps({"hash": _hash(inputs)}) + "\n")
+
+
+def can_go_on(folder: Path, inputs: dict[str, Any]) -> bool:
+    """Whether a stage was interrupted and would be made from the same inputs now."""
+    path = folder / BEGUN_FILE
+    try:
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["hash"] == _hash(inputs)
+    except (ValueError, KeyError, TypeError):
+        return False

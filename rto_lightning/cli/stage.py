@@ -21,10 +21,12 @@ def run_stage(args: Sequence[str], of_pipeline: bool = False) -> None:
     """
     config_files = given_config_files(args)
     check_config_files(config_files)
-    from rto_lightning.cli.lightning_cli import RTOCLI, PipelineStageCLI, run
+    from rto_lightning.cli.lightning_cli import RTOCLI, AlreadyFinished, PipelineStageCLI, run
 
     try:
         run(args, config_files, PipelineStageCLI if of_pipeline else RTOCLI)
+    except AlreadyFinished as finished:
+        print(finished)
     except MissingInputError as error:
         raise UserError(with_command(error, config_files)) from error
 

@@ -36,6 +36,9 @@ class StubBackboneSettings:
 class StubBase(LightningModule):
     """Stands for `StageModule`."""
 
+    def finish(self) -> None:
+        """Nothing is left to do after the last step."""
+
 
 class StubStage(StubBase):
     def __init__(

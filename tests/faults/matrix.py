@@ -1,0 +1,41 @@
+"""Counts the faults that the tests of this folder try and the ones that are survived, by area."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class FaultMatrix:
+    """Faults by area: how many were tried, how many survived."""
+
+    def __init__(self) -> None:
+        self.tried_in: Counter[str] = Counter()
+        self.survived_in: Counter[str] = Counter()
+        self.failed: list[str] = []
+
+    @contextmanager
+    def tried(self, area: str, fault: str) -> Iterator[None]:
+        """Count a fault as tried and, if the block ends without an exception, as survived.
+
+        Args:
+            area: row of the table.
+            fault: what it is, for the list of those that were not survived.
+        """
+        self.tried_in[area] += 1
+        try:
+            yield
+        except BaseException:
+            self.failed.append(f"{area}: {fault}")
+            raise
+        self.survived_in[area] += 1
+
+    def table(self) -> list[str]:
+        """The lines of the table, and one for each fault that was not survived; nothing if none was tried."""
+        if not self.tried_in:
+            return []
+        rows = [(area, self.tried_in[area], self.survived_in[area]) for area in sorted(self.tried_in)]
+        rows.append(("all", self.tried_in.total(), self.survived_in.total()))
+        width = max(len(area) for area, _, _ in rows)
+        lines = [f"{'area':<{width}}  tried  survived"]
+        lines += [f"{area:<{width}}  {tried:5d}  {survived:8d}" for area, tried, survived in rows]
+        return lines + [f"not survived: {fault}" for fault in self.failed]
