@@ -193,7 +193,7 @@ def _write_stand_in(folder: Path, role: str, settings: Any) -> None:
 
     folder.mkdir()
     if settings.mode == "adapters":
-        lora = {"r": settings.lora.rank, "target_modules": settings.lora.target_modules}
+        lora = {"peft_type": "LORA", "r": settings.lora.rank, "target_modules": settings.lora.target_modules}
         (folder / "adapter_config.json").write_text(json.dumps(lora), encoding="utf-8")
     kind = "adapter" if settings.mode == "adapters" else "model"
     RoleCard(role, kind, settings.model, None, "", "").write(folder)

@@ -81,6 +81,14 @@ def write_random_model(folder: Path, shape: dict[str, int]) -> PreTrainedTokeniz
     return tokenizer
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name of a file where the file system has such, else a copy of it."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def link_model(source: Path, folder: Path) -> PreTrainedTokenizerBase:
     """A folder with the weights of a model, linked, whose stop and padding id is a special token that is never sampled.
 
@@ -95,7 +103,7 @@ def link_model(source: Path, folder: Path) -> PreTrainedTokenizerBase:
     stop = max(spare)
     folder.mkdir(parents=True)
     for path in source.glob("*.safetensors*"):
-        (folder / path.name).symlink_to(path.resolve())
+        link_or_copy(path.resolve(), folder / path.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     ids = {"eos_token_id": stop, "pad_token_id": stop}
     (folder / "config.json").write_text(json.dumps({**config, **ids}), encoding="utf-8")

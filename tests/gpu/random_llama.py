@@ -41,9 +41,10 @@ def write_folder(folder: Path, changes: dict[str, Any]) -> Path:
 def random_weights(seed: int = 0) -> Iterator[None]:
     """Within it, `AutoModelForCausalLM.from_pretrained` draws its NF4 weights in the place of reading them."""
 
-    def from_pretrained(source: str, **options: Any) -> PreTrainedModel:
+    def from_pretrained(source: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         device = torch.device(options["device_map"][""])
-        return nf4_llama(options["config"], options["dtype"], options["attn_implementation"], device, source, seed)
+        settings = options["config"], options["dtype"], options["attn_implementation"]
+        return nf4_llama(*settings, device, source, seed), {"missing_keys": set()}
 
     with mock.patch.object(AutoModelForCausalLM, "from_pretrained", from_pretrained):
         yield
