@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import Strategy
 
 from rto_lightning.errors import Stopped, UserError
 from rto_lightning.parallel import largest
-from rto_lightning.runs.checkpoint_files import WholeCheckpointIO
-from rto_lightning.runs.files import link_to
-from rto_lightning.runs.folder import CHECKPOINTS, LAST, checkpoint_name
+from rto_lightning.runs.checkpoint_files import STOPPED_EARLY, WholeCheckpointIO
+from rto_lightning.runs.files import PARTIAL, link_to, remove
+from rto_lightning.runs.folder import CHECKPOINTS, LAST, checkpoint_name, numbered_checkpoints, own_checkpoint
 from rto_lightning.runs.loops import put_between_batches
 from rto_lightning.runs.signals import queue_again, stop_signals
 
@@ -28,13 +28,13 @@ class SaveCheckpoints(Checkpoint):
     A checkpoint is written before the first step of a run, then every so many minutes or steps, after the last step,
     and when SIGTERM or Ctrl-C ends the run. It is written before a batch, when metrics and validation of the last step
     are complete: a run that goes on from it gives every metric once and, on CPUs, the same numbers as one that was
-    never interrupted. Add a `ModelCheckpoint` to keep more of them, or the best by a metric.
+    never interrupted. Their folder is `checkpoints` in trainer.default_root_dir. Add a `ModelCheckpoint` to keep more, or
+    the best by a metric. Signals are heard by the command; a Trainer without it is stopped as Lightning does.
 
     Args:
         every_minutes: Minutes between two checkpoints; null for steps alone.
         every_n_train_steps: Optimizer steps (for RTO: iterations) between two checkpoints; null for minutes alone.
         keep: How many of the newest checkpoints stay.
-        directory: Where they go; null is `checkpoints` in trainer.default_root_dir.
     """
 
     def __init__(
@@ -42,7 +42,6 @@ class SaveCheckpoints(Checkpoint):
         every_minutes: float | None = 10.0,
         every_n_train_steps: int | None = None,
         keep: int = 1,
-        directory: str | Path | None = None,
     ) -> None:
         for name, value in (("every_minutes", every_minutes), ("every_n_train_steps", every_n_train_steps)):
             if value is not None and not value > 0:
@@ -52,18 +51,19 @@ class SaveCheckpoints(Checkpoint):
         self.every_minutes = every_minutes
         self.every_n_train_steps = every_n_train_steps
         self.keep = keep
-        self.directory = None if directory is None else Path(directory)
+        self.directory = Path()
+        """Where they go; known once a trainer is set up."""
         self.saved: list[Path] = []
         """The checkpoints of this run, in the order in which they were saved."""
         self._step: int | None = None
         self._time = 0.0
         self._batches_that_stepped: int | None = None
-        self._saving = self._ended = False
+        self._off = self._saving = self._ended = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settles where checkpoints go, and how."""
-        if self.directory is None:
-            self.directory = Path(trainer.default_root_dir) / CHECKPOINTS
+        self._off = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        self.directory = Path(trainer.default_root_dir) / CHECKPOINTS
         write_whole_checkpoints(trainer.strategy)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,8 +73,9 @@ class SaveCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on signals wait for the end of a step."""
-        self._time = time.monotonic()
-        self._ended = False
+        self.saved, self._step, self._time, self._ended = [], None, time.monotonic(), False
+        if self._off:
+            return
         self._find_older(trainer)
         if (signals := stop_signals()) is not None:
             signals.listen()
@@ -85,7 +86,7 @@ class SaveCheckpoints(Checkpoint):
         if self._batches_that_stepped is not None:  # Lightning takes every checkpoint for one of the end of a batch
             trainer.fit_loop.epoch_loop._batches_that_stepped = self._batches_that_stepped
             self._batches_that_stepped = None
-        if batch_idx % trainer.accumulate_grad_batches:
+        if self._off or batch_idx % trainer.accumulate_grad_batches:
             return
         signals = stop_signals()
         stop, due = largest(signals.requested if signals is not None else 0, int(self._is_due(trainer)))
@@ -96,20 +97,27 @@ class SaveCheckpoints(Checkpoint):
             raise Stopped(stop)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the end of the run, from which a longer one can go on."""
+        """Saves the end of the run, from which a longer one can go on; raises Stopped if a signal has come."""
         self._ended = True
-        if trainer.global_step != self._step and trainer.global_step > 0:
+        if self._off:
+            return
+        in_an_update = (
+            trainer.fit_loop.epoch_loop._should_accumulate()
+        )  # of which a checkpoint would lose the gradients
+        if trainer.global_step != self._step and trainer.global_step > 0 and not in_an_update:
             self._save(trainer)
         if (signals := stop_signals()) is not None:
+            signals.stop_if_asked()
             signals.deferred = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves for a signal; any other exception may have come in the middle of a step."""
-        if not isinstance(exception, Stopped) or self._step is None:
+        if not isinstance(exception, Stopped):
             return
-        if trainer.global_step != self._step:
-            self._save(trainer)
-        exception.saved, exception.step = str(self.saved[-1]), trainer.global_step
+        if self._step is not None:
+            if trainer.global_step != self._step and not self._ended:
+                self._save(trainer)
+            exception.saved, exception.step = str(self.saved[-1]), self._step
         if exception.number == signal.SIGUSR1 and trainer.is_global_zero:
             queue_again()
 
@@ -118,22 +126,28 @@ class SaveCheckpoints(Checkpoint):
         if self._saving:
             batches = trainer.fit_loop.epoch_loop
             checkpoint[_MARK] = batches._batches_that_stepped
+            if self._ended and trainer.should_stop:
+                checkpoint[STOPPED_EARLY] = _limits(trainer)
             put_between_batches(checkpoint["loops"]["fit_loop"], self._ended, batches._num_ready_batches_reached())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes up where the checkpoint was saved."""
         self._batches_that_stepped = checkpoint.get(_MARK)
+        if checkpoint.get(STOPPED_EARLY) == _limits(trainer):
+            trainer.should_stop = True  # as a callback has decided, unless the run is made longer
 
     def _find_older(self, trainer: Trainer) -> None:
         """Takes charge of the checkpoints of the run that goes on; those of steps it makes again go first."""
-        assert self.directory is not None
-        start = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
-        if start is None or start.parent != self.directory.resolve():
+        start = own_checkpoint(self.directory.parent, trainer.ckpt_path)
+        if start is None:
             return
-        older = [path for path in self.directory.glob("step=*.ckpt") if path.name != start.name]
-        self.saved = [*sorted(older, key=lambda path: path.stat().st_mtime), self.directory / start.name]
+        self.saved = [*(path for path in numbered_checkpoints(self.directory) if path.name != start.name), start]
         if self._batches_that_stepped is not None:
             self._step = trainer.global_step
+        if trainer.is_global_zero:
+            link_to(self.directory / LAST, start)
+            for partial in self.directory.glob(f"step=*.ckpt{PARTIAL}"):
+                remove(partial)  # left by a run that was killed
 
     def _is_due(self, trainer: Trainer) -> bool:
         if self._step is None:
@@ -145,7 +159,6 @@ class SaveCheckpoints(Checkpoint):
         return by_steps or (self.every_minutes is not None and minutes >= self.every_minutes)
 
     def _save(self, trainer: Trainer) -> None:
-        assert self.directory is not None
         path = self.directory / checkpoint_name(trainer.global_step)
         self._saving = True
         try:
@@ -160,6 +173,10 @@ class SaveCheckpoints(Checkpoint):
             for other in outdated:
                 trainer.strategy.remove_checkpoint(other)
         trainer.strategy.barrier("SaveCheckpoints")
+
+
+def _limits(trainer: Trainer) -> list[int | None]:
+    return [trainer.max_steps, trainer.max_epochs]
 
 
 def write_whole_checkpoints(strategy: Strategy) -> None:

@@ -16,10 +16,8 @@ that goes on keeps its config.yaml and adds to its own tensorboard/ and metrics/
 
 import argparse
 import importlib
-import logging
 import signal
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,15 +33,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rto_lightning.callbacks import MemoryReport, PhaseProgressBar, SaveCheckpoints, SaveRole, WritePredictions
 from rto_lightning.cli.config_errors import ConfigurationError, explain
+from rto_lightning.cli.quiet import quiet_libraries, quiet_lightning
 from rto_lightning.cli.short_names import know_optimizers
 from rto_lightning.errors import Stopped, UserError
-from rto_lightning.runs.checkpoint_files import steps_of
+from rto_lightning.runs.checkpoint_files import progress_of
 from rto_lightning.runs.folder import (
     CHECKPOINTS,
     check_same_settings,
     checkpoint_to_resume,
+    config_files,
     last_checkpoint,
-    lasts_as_long,
+    own_checkpoint,
 )
 from rto_lightning.runs.metrics_file import MetricsFileLogger
 from rto_lightning.runs.signals import StopSignals
@@ -60,23 +60,6 @@ MEMORY_FILE = "memory.json"
 
 _KEYWORD_CHECKPOINTS = ("best", "last", "registry")
 
-# Lines of libraries that say nothing about the run at hand.
-_NOISE = (
-    "💡 Tip",
-    "Seed set to",
-    "GPU available: False",
-    "TPU available: False",
-    "`Trainer.fit` stopped: `max_",
-    "Failed to load CPU gemm_4bit_forward",  # bitsandbytes has another kernel
-)
-_NOISY_LOGGERS = (
-    "bitsandbytes.backends.cpu.ops",
-    "lightning.fabric.utilities.rank_zero",
-    "lightning.fabric.utilities.seed",
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning_utilities.core.rank_zero",
-)
-
 
 def stage_module_class() -> type[LightningModule]:
     """The class that every stage's module extends; stages and data modules get known by their short names."""
@@ -91,7 +74,7 @@ class AlreadyFinished(Exception):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the settings into the stage's folder; an earlier, different file is kept."""
+    """Writes the settings into the stage's folder as the newest file there; earlier, different ones are kept."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes `config.yaml` (`config-test.yaml` and so on for the commands that do not train)."""
@@ -100,12 +83,10 @@ class SaveRunConfig(SaveConfigCallback):
         stem = "config" if command == "fit" else f"config-{command}"
         directory = Path(trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        for number in range(1, 10_000):
-            path = directory / (f"{stem}.yaml" if number == 1 else f"{stem}-{number}.yaml")
-            if not path.exists():
-                path.write_text(text, encoding="utf-8")
-            if path.read_text(encoding="utf-8") == text:
-                return
+        files = config_files(directory, stem)
+        if not files or files[-1].read_text(encoding="utf-8") != text:
+            name = f"{stem}-{len(files) + 1}.yaml" if files else f"{stem}.yaml"
+            (directory / name).write_text(text, encoding="utf-8")
 
 
 class RTOCLI(LightningCLI):
@@ -115,6 +96,9 @@ class RTOCLI(LightningCLI):
         args: A command and its options.
         config_files: The `--config` files among them, for the wording of errors.
     """
+
+    compares_settings = True
+    """Whether a run that goes on is asked to have the settings it began with."""
 
     def __init__(self, args: Sequence[str], config_files: Sequence[str]) -> None:
         self.config_files = config_files
@@ -182,27 +166,37 @@ class RTOCLI(LightningCLI):
 
     def _settle_start(self, root: Path, checkpoint: str | None) -> None:
         """Decides whether a run begins or goes on, and refuses what would mix two."""
-        within = checkpoint is not None and Path(checkpoint).resolve().is_relative_to(root.resolve())
-        settings = mask_yaml(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
-        if within:
-            check_same_settings(root, settings)
-            self.resumed_steps = steps_of(Path(str(checkpoint)))
-            self.save_config_callback = None
+        own = own_checkpoint(root, checkpoint)
         role, unfinished = root / ROLE_FOLDER, last_checkpoint(root)
-        if role.exists():
-            if within and lasts_as_long(root, settings):
+        if own is not None:
+            trainer, progress = self.config[self.subcommand].trainer, progress_of(own)
+            self.resumed_steps = progress.steps
+            if self.compares_settings:
+                check_same_settings(root, self._settings_as_yaml())
+            if config_files(root):
+                self.save_config_callback = None
+            if role.exists() and progress.has_reached(trainer.max_steps, trainer.max_epochs):
                 raise AlreadyFinished(f"{root} is finished: its role is {role}")
+            if trainer.overfit_batches:
+                raise UserError(
+                    "trainer.overfit_batches does not go with a run that goes on because Lightning begins those "
+                    "batches anew; set data.max_train_rows instead."
+                )
+        if role.exists():
             raise UserError(
                 f"{role} exists already and is not written over; choose another --trainer.default_root_dir, "
                 "or remove that folder."
             )
-        if unfinished is not None and not within:
+        if unfinished is not None and own is None:
             raise UserError(
                 f"{root} holds a run that is not finished; go on with it by --ckpt_path last, choose another "
                 "--trainer.default_root_dir, or remove that folder."
             )
-        if within:
+        if own is not None:
             rank_zero_only(print)(f"Going on from {checkpoint}, at step {self.resumed_steps}.", flush=True)
+
+    def _settings_as_yaml(self) -> str:
+        return mask_yaml(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False))
 
     def instantiate_classes(self) -> None:
         """Builds data, module and trainer.
@@ -228,7 +222,7 @@ class RTOCLI(LightningCLI):
         """
         settings = self.config_init[self.subcommand].trainer
         root = Path(settings.default_root_dir)
-        if settings.logger is None or settings.logger is True:
+        if (settings.logger is None or settings.logger is True) and not settings.barebones:
             kwargs["logger"] = default_loggers(root, str(self.subcommand), self.resumed_steps)
         kwargs["callbacks"] = [*_as_list(settings.callbacks), *self._default_callbacks(settings, root)]
         # Late, as it imports the models' libraries.
@@ -245,10 +239,8 @@ class RTOCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            with StopSignals() as signals:
+            with StopSignals():
                 super()._run_subcommand(subcommand)
-                if signals.requested:
-                    raise Stopped(signals.requested)
         except BaseException as error:
             # Processes that Lightning has started wait for this one, where only this signal is heard.
             kill = getattr(self.trainer.strategy.launcher, "kill", None)
@@ -280,6 +272,8 @@ class RTOCLI(LightningCLI):
 
 class PipelineStageCLI(RTOCLI):
     """One stage of a pipeline, whose process goes on to the next one."""
+
+    compares_settings = False  # the pipeline has, and its folder may have moved
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """As :meth:`RTOCLI.instantiate_trainer`.
@@ -340,30 +334,6 @@ def run(args: Sequence[str], config_files: Sequence[str], cli: type[RTOCLI] = RT
             return cli(args, config_files)
     except MisconfigurationException as error:
         raise UserError(_first_sentence(error)) from error
-
-
-def quiet_lightning() -> None:
-    """Keeps advertisements and known harmless warnings off the screen; everything else stays."""
-    for name in _NOISY_LOGGERS:
-        logger = logging.getLogger(name)
-        if _is_news not in logger.filters:
-            logger.addFilter(_is_news)
-    warnings.filterwarnings("ignore", message="The '.*dataloader' does not have many workers")
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-
-
-def quiet_libraries() -> None:
-    """Keeps notes of the model libraries off the screen that a user of this command can do nothing about."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel package that is not needed
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().lstrip().startswith(_NOISE)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from rto_lightning.cli.pipeline_settings import (
 )
 from rto_lightning.cli.stage import run_stage
 from rto_lightning.errors import UserError
+from rto_lightning.runs.folder import last_checkpoint
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _run(stage: StageSettings, settings: PipelineSettings, output_dir: Path, bas
     options = [f"--{key}={_as_option(value)}" for key, value in arguments.items()]
     fixed = [f"--trainer.default_root_dir={folder}", f"--seed_everything={settings.seed}"]
     configs = [f"--config={base / file}" for file in stage.files]
-    resume = [] if "ckpt_path" in arguments else ["--ckpt_path=last"]  # which in a new folder begins
+    resume = [] if last_checkpoint(folder) is None else ["--ckpt_path=last"]
     run_stage(["fit", *configs, *fixed, *options, *resume], of_pipeline=True)
     if not (folder / "role").is_dir():
         raise UserError(f"training ended without a role in {folder / 'role'}; see its log for the reason.")

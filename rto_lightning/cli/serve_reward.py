@@ -22,7 +22,7 @@ def main(args: Sequence[str]) -> None:
         UserError: for every mistake that the user can cure.
     """
     options = _parse(args)
-    from rto_lightning.cli.lightning_cli import quiet_libraries, quiet_lightning
+    from rto_lightning.cli.quiet import quiet_libraries, quiet_lightning
 
     quiet_libraries()
     quiet_lightning()

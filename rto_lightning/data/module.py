@@ -19,6 +19,7 @@ from rto_lightning.data.store import tokenized_rows
 from rto_lightning.data.streaming import StreamedBatches, StreamingLoader
 from rto_lightning.data.tokenizing import Encoded, RowTokenizer, compact, in_parts, no_answers
 from rto_lightning.errors import UserError
+from rto_lightning.runs.signals import leave_signals_to_parent
 from rto_lightning.seeding import run_seed
 
 _SOURCES_OF_STAGE = {
@@ -259,8 +260,8 @@ class ChatDataModule(LightningDataModule):
         self, rows: TokenizedRows[Any], batch_size: int, kind: type[DataLoader[Any]] = DataLoader, **settings: Any
     ) -> DataLoader[Any]:
         collate = self.collate(self._find_chat())
-        workers = self.num_workers
-        return kind(rows, batch_size=batch_size, num_workers=workers, collate_fn=collate, **settings)  # type: ignore[arg-type]
+        workers = {"num_workers": self.num_workers, "worker_init_fn": leave_signals_to_parent}
+        return kind(rows, batch_size=batch_size, collate_fn=collate, **workers, **settings)  # type: ignore[arg-type]
 
 
 class AnswerDataModule(ChatDataModule):

@@ -20,6 +20,7 @@ from rto_lightning.data.order import check_divisible, processed_batches
 from rto_lightning.data.rows import RowT
 from rto_lightning.data.tokenizing import Counts, Encoded, RowTokenizer
 from rto_lightning.errors import UserError
+from rto_lightning.runs.signals import leave_signals_to_parent
 from rto_lightning.seeding import derive_seed
 
 Item = TypeVar("Item")
@@ -161,7 +162,8 @@ class StreamingLoader(DataLoader[Any]):
     """
 
     def __init__(self, batches: StreamedBatches[Any, Any], num_workers: int, trainer: Trainer | None) -> None:
-        super().__init__(batches, batch_size=None, num_workers=num_workers, collate_fn=_same)
+        workers: dict[str, Any] = {"num_workers": num_workers, "worker_init_fn": leave_signals_to_parent}
+        super().__init__(batches, batch_size=None, collate_fn=_same, **workers)
         self.batches = batches
         self.trainer = trainer
         self._read = 0

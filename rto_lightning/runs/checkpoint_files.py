@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from rto_lightning.errors import UserError, first_line
 from rto_lightning.runs.files import remove, written_whole
+
+STOPPED_EARLY = "stopped_early"
+"""Key of the limits, in steps and epochs, of a run that a callback has ended before them."""
 
 METADATA_FILE = "meta.pt"
 """What of a sharded checkpoint is no tensor, as Lightning names it."""
@@ -56,8 +60,28 @@ class WholeCheckpointIO(TorchCheckpointIO):
             remove(Path(path))
 
 
-def steps_of(checkpoint: Path) -> int:
-    """Optimizer steps (for RTO: iterations) that a checkpoint, a file or a folder of shards, has behind it.
+@dataclass(frozen=True)
+class Progress:
+    """How far the run of a checkpoint has come."""
+
+    steps: int
+    """Optimizer steps (for RTO: iterations) that are done."""
+    epochs: int
+    """Epochs that are complete."""
+    stopped_early: list[int | None] | None
+    """The limits, in steps and epochs, of a run that a callback has ended before them."""
+
+    def has_reached(self, max_steps: int, max_epochs: int | None) -> bool:
+        """Whether a run with these limits of the trainer ends here."""
+        if self.stopped_early is not None and self.stopped_early[0] == max_steps:
+            return True
+        if max_steps != -1 and self.steps >= max_steps:
+            return True
+        return max_epochs is not None and max_epochs != -1 and self.epochs >= max_epochs
+
+
+def progress_of(checkpoint: Path) -> Progress:
+    """How far the run of a checkpoint, a file or a folder of shards, has come.
 
     Raises:
         UserError: if it cannot be read.
@@ -65,7 +89,10 @@ def steps_of(checkpoint: Path) -> int:
     file = checkpoint / METADATA_FILE if checkpoint.is_dir() else checkpoint
     with _told_if_damaged(file):
         contents = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return int(contents["global_step"] if checkpoint.is_dir() else _of_run(contents, file)["global_step"])
+        if not checkpoint.is_dir():
+            _of_run(contents, file)
+        epochs = contents["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        return Progress(contents["global_step"], epochs, contents.get(STOPPED_EARLY))
 
 
 def _of_run(contents: Any, path: Any) -> dict[str, Any]:

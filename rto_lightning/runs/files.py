@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,24 +44,32 @@ def written_whole(path: Path, mode: str = "wb", **settings: Any) -> Iterator[IO[
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts on the disk which names a folder has; not every system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Puts on the disk which names a folder has, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def link_to(link: Path, target: Path) -> None:
-    """Makes `link` a link to a neighbour; at every moment it leads to the old target or to the new one."""
+    """Makes `link` a link to a neighbour; at every moment it leads to the old target or to the new one.
+
+    On a file system without links there is none afterwards.
+
+    Raises:
+        UserError: if a folder is in its place.
+    """
     partial = link.with_name(link.name + PARTIAL)
-    partial.unlink(missing_ok=True)
     if link.is_dir() and not link.is_symlink():
-        shutil.rmtree(link)
-    partial.symlink_to(target.name)
-    partial.replace(link)
+        raise UserError(f"{link} is a folder that something else has written; let that write elsewhere, and remove it.")
+    try:
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(target.name)
+        partial.replace(link)
+    except OSError:
+        link.unlink(missing_ok=True)
     sync_folder(link.parent)
 
 

@@ -1,6 +1,8 @@
 """What a stage's folder says about its run: where it can go on, and with which settings it began."""
 
 import csv
+import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,14 +35,28 @@ def checkpoint_name(step: int) -> str:
     return f"step={step}.ckpt"
 
 
+def numbered_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints `step=N.ckpt` of a folder, by N; those of a `ModelCheckpoint` have other names."""
+    steps = {path: re.fullmatch(r"step=(\d+)\.ckpt", path.name) for path in folder.glob("step=*.ckpt")}
+    return sorted((path for path, match in steps.items() if match), key=lambda path: int(path.stem[len("step=") :]))
+
+
 def last_checkpoint(root: Path) -> Path | None:
     """The checkpoint of a stage's folder that a run goes on from; None without one."""
     link = root / CHECKPOINTS / LAST
     if link.exists():
-        return link.parent / link.resolve().name if link.is_symlink() else link
-    numbered = {path: re.fullmatch(r"step=(\d+)\.ckpt", path.name) for path in (root / CHECKPOINTS).glob("step=*.ckpt")}
-    steps = {int(match[1]): path for path, match in numbered.items() if match}
-    return steps[max(steps)] if steps else None
+        return link.parent / os.readlink(link) if link.is_symlink() else link
+    numbered = numbered_checkpoints(root / CHECKPOINTS)
+    return numbered[-1] if numbered else None
+
+
+def own_checkpoint(root: Path, path: str | Path | None) -> Path | None:
+    """A checkpoint as it is named in a stage's folder; None if it is not in there."""
+    folder = root / CHECKPOINTS
+    if path is None or Path(path).absolute().parent.resolve() != folder.resolve():
+        return None
+    name = os.readlink(path) if Path(path).name == LAST and Path(path).is_symlink() else Path(path).name
+    return folder / name
 
 
 def checkpoint_to_resume(root: Path) -> Path | None:
@@ -60,14 +76,10 @@ def checkpoint_to_resume(root: Path) -> Path | None:
     return found
 
 
-def config_in_use(root: Path) -> Path | None:
-    """The file with the settings of the run of a folder: the newest of `config.yaml`, `config-2.yaml` and so on."""
-    found = None
-    for path in (root / ("config.yaml" if number == 1 else f"config-{number}.yaml") for number in range(1, 10_000)):
-        if not path.is_file():
-            break
-        found = path
-    return found
+def config_files(root: Path, stem: str = "config") -> list[Path]:
+    """The files of settings in a stage's folder, oldest first: `config.yaml`, `config-2.yaml` and so on."""
+    names = (f"{stem}.yaml" if number == 1 else f"{stem}-{number}.yaml" for number in itertools.count(1))
+    return list(itertools.takewhile(Path.is_file, (root / name for name in names)))
 
 
 def check_same_settings(root: Path, text: str) -> None:
@@ -80,28 +92,23 @@ def check_same_settings(root: Path, text: str) -> None:
     Raises:
         UserError: if they differ in what decides the result.
     """
-    path = config_in_use(root)
-    if path is None:
+    files = config_files(root)
+    if not files:
         return
+    path = files[-1]
     before, now = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")))), dict(_flat(yaml.safe_load(text)))
-    changed = [key for key in before if key in now and before[key] != now[key] and not _FREE.fullmatch(key)]
+    changed = [key for key in before if key in now and before[key] != now[key]]
+    for one, other in ((before, now), (now, before)):  # null, and settings in its place
+        changed += [key for key in one if key not in other and any(name.startswith(key + ".") for name in other)]
+    changed = [key for key in changed if not _FREE.fullmatch(key)]
     if changed:
-        told = "; ".join(f"{key} was {before[key]} and is {now[key]}" for key in changed[:5])
+        told = "; ".join(f"{key} was {before.get(key, 'set')} and is {now.get(key, 'set')}" for key in changed[:5])
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(
             f"the run in {root} began with other settings ({path.name}: {told}{more}), with which it goes on; restore "
             "them, or let a new run go on from its checkpoint in another --trainer.default_root_dir with --ckpt_path "
             f"{last_checkpoint(root) or root / CHECKPOINTS / LAST}."
         )
-
-
-def lasts_as_long(root: Path, text: str) -> bool:
-    """Whether settings, as YAML, ask for a run as long as the one of a stage's folder."""
-    path = config_in_use(root)
-    if path is None:
-        return False
-    before, now = (yaml.safe_load(settings)["trainer"] for settings in (path.read_text(encoding="utf-8"), text))
-    return all(before[key] == now[key] for key in ("max_steps", "max_epochs", "max_time"))
 
 
 def _has_rows(path: Path) -> bool:

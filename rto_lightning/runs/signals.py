@@ -110,4 +110,15 @@ def queue_again() -> None:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    subprocess.run(["scontrol", "requeue", job], check=False)
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
+    except OSError:
+        done = False
+    if not done:
+        print(f"scontrol could not queue the job {job} again; start it again by hand.", file=sys.stderr, flush=True)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """For the processes of a data loader: when a whole group is told to end, the run still needs them for its step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -14,7 +14,7 @@ import yaml
 import rto_lightning.modules.ppo_update
 from rto_lightning.backbone import PolicyBackbone
 from rto_lightning.cli import main
-from rto_lightning.modules import PreferenceModule, RTOModule
+from rto_lightning.modules import PreferenceModule, RTOModule, StageModule
 from rto_lightning.runs.metrics_file import MetricsFileLogger
 from tests.faults.matrix import FaultMatrix
 from tests.faults.runs import Fault, at, call_before, fit, result, run_process, stage_config
@@ -94,6 +94,44 @@ def test_slurm_takes_the_machine_away(whole: Any, faults: FaultMatrix, tmp_path:
         assert fit(config, root, "--ckpt_path", "last", fault=under_slurm) == 128 + signal.SIGUSR1
         assert (tmp_path / "queued").read_text() == "requeue 71\n"
         assert fit(config, root, "--ckpt_path", "last") == 0, log.read_text()
+        assert result(root) == expected
+
+
+def test_slurm_without_its_commands(whole: Any, faults: FaultMatrix, tmp_path: Path) -> None:
+    config, expected = whole("rto")
+    with faults.tried("resume", "rto: SIGUSR1 under SLURM in a container"):
+        root, log = tmp_path / "run", tmp_path / "run.log"
+
+        def under_slurm() -> None:
+            os.environ |= {"SLURM_JOB_ID": "71", "PATH": str(tmp_path)}
+            at(rto_lightning.modules.ppo_update, "_step", 11, signal.SIGUSR1)()
+
+        assert fit(config, root, fault=under_slurm) == 128 + signal.SIGUSR1
+        told = log.read_text()
+        assert "scontrol could not queue the job 71 again" in told and "go on with: rto-lightning fit" in told
+        assert fit(config, root, "--ckpt_path", "last") == 0, told
+        assert result(root) == expected
+
+
+def test_a_signal_to_the_run_and_to_the_workers_of_its_loader(whole: Any, faults: FaultMatrix, tmp_path: Path) -> None:
+    """As `timeout`, `scancel` and torchrun send it: to every process of the group, and from outside of it."""
+    config, expected = whole("reward_model")
+    with faults.tried("resume", "reward_model: SIGTERM to the whole group, with workers"):
+        root, log = tmp_path / "run", tmp_path / "run.log"
+
+        def signal_the_group() -> None:
+            if os.fork() == 0:
+                os.killpg(0, signal.SIGTERM)
+                os._exit(0)
+            os.wait()
+
+        def in_a_group() -> None:
+            os.setpgrp()
+            call_before(StageModule, "backward", 4, signal_the_group)()
+
+        assert fit(config, root, "--data.num_workers", "2", fault=in_a_group) == 143, log.read_text()
+        assert "after step 4, saved as" in log.read_text()
+        assert fit(config, root, "--data.num_workers", "2", "--ckpt_path", "last") == 0, log.read_text()
         assert result(root) == expected
 
 

@@ -89,6 +89,7 @@ STOPS: dict[str, dict[str, tuple[Fault, int | None]]] = {
     },
     "reward_model": {
         "SIGTERM in a training step": (at(RewardModelModule, "training_step", 2, TERM), 2),
+        "SIGTERM in the last training step": (at(RewardModelModule, "training_step", 5, TERM), 5),
         "SIGTERM while the scores are measured at the end": (
             at(RewardModelModule, "_score_reference_answers", 1, TERM),
             None,

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from rto_lightning.callbacks import SaveCheckpoints
 from rto_lightning.errors import UserError
-from rto_lightning.runs.checkpoint_files import WholeCheckpointIO, steps_of
+from rto_lightning.runs.checkpoint_files import WholeCheckpointIO, progress_of
 from rto_lightning.runs.folder import checkpoint_to_resume, last_checkpoint
 from tests.cli.stub_stage import StubBackboneSettings, StubData, StubStage
 
@@ -16,7 +16,10 @@ def run(folder, steps, resume=None, **settings):
     every = SaveCheckpoints(every_minutes=None, every_n_train_steps=1, keep=20)
     options = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     logger = CSVLogger(folder, name="", version=f"from_{steps}" if resume else "whole")
-    trainer = Trainer(default_root_dir=folder, callbacks=[every], max_steps=steps, logger=logger, **options, **settings)
+    callbacks = [every, *settings.pop("callbacks", [])]
+    trainer = Trainer(
+        default_root_dir=folder, callbacks=callbacks, max_steps=steps, logger=logger, **options, **settings
+    )
     trainer.fit(StubStage(StubBackboneSettings()), StubData(), ckpt_path=resume)
     return trainer
 
@@ -38,7 +41,7 @@ def test_from_every_checkpoint_a_run_ends_in_the_same_place(tmp_path, settings):
     end = torch.load(tmp_path / "checkpoints/step=7.ckpt", weights_only=True)
     for step in range(7):
         path = tmp_path / f"checkpoints/step={step}.ckpt"
-        assert steps_of(path) == step
+        assert progress_of(path).steps == step
         again = run(tmp_path / f"again{step}", 7, path, **settings)
         now = torch.load(tmp_path / f"again{step}/checkpoints/step=7.ckpt", weights_only=True)
         assert now["loops"] == end["loops"], step
@@ -46,6 +49,65 @@ def test_from_every_checkpoint_a_run_ends_in_the_same_place(tmp_path, settings):
         assert again.current_epoch == whole.current_epoch
         for name, weight in end["state_dict"].items():
             assert torch.equal(now["state_dict"][name], weight)
+
+
+def test_a_run_that_a_callback_has_ended_stays_ended_unless_it_is_made_longer(tmp_path):
+    class StopAfterThree(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 3
+
+    run(tmp_path, 7, callbacks=[StopAfterThree()])
+    last = last_checkpoint(tmp_path)
+    assert last.name == "step=3.ckpt" and progress_of(last).has_reached(7, None)
+    assert run(tmp_path / "again", 7, last).global_step == 3
+    assert not progress_of(last).has_reached(8, None)
+    assert run(tmp_path / "longer", 8, last).global_step == 8
+
+
+def test_a_run_that_ends_while_gradients_are_accumulated_saves_no_half_step(tmp_path):
+    class StopAtSix(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.fit_loop.total_batch_idx == 5
+
+    run(tmp_path, 7, accumulate_grad_batches=4, val_check_interval=1, callbacks=[StopAtSix()])
+    assert last_checkpoint(tmp_path).name == "step=1.ckpt"
+
+
+def test_checkpoints_of_others_are_left_alone(tmp_path):
+    run(tmp_path, 2)
+    others = [tmp_path / "checkpoints" / name for name in ("step=1-best.ckpt", "epoch=0.ckpt")]
+    for path in others:
+        path.touch()
+    (tmp_path / "checkpoints/step=9.ckpt.partial").touch()
+    start = tmp_path / "checkpoints/step=1.ckpt"
+    Trainer(
+        default_root_dir=tmp_path,
+        callbacks=[SaveCheckpoints(None, 1)],
+        max_steps=3,
+        logger=False,
+        enable_progress_bar=False,
+    ).fit(StubStage(StubBackboneSettings()), StubData(), ckpt_path=start)
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"step=3.ckpt", "last.ckpt", *(path.name for path in others)}
+
+
+def test_a_trial_run_leaves_a_folder_as_it_is(tmp_path):
+    run(tmp_path, 2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    Trainer(default_root_dir=tmp_path, callbacks=[SaveCheckpoints()], fast_dev_run=1, enable_progress_bar=False).fit(
+        StubStage(StubBackboneSettings()), StubData()
+    )
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_one_callback_serves_two_runs(tmp_path):
+    every = SaveCheckpoints(None, 1)
+    for name in ("one", "two"):
+        Trainer(
+            default_root_dir=tmp_path / name, callbacks=[every], max_steps=2, logger=False, enable_progress_bar=False
+        ).fit(StubStage(StubBackboneSettings()), StubData())
+        assert last_checkpoint(tmp_path / name).name == "step=2.ckpt"
+    assert len(list(tmp_path.rglob("step=*.ckpt"))) == 2
 
 
 def test_old_checkpoints_go_and_the_link_follows(tmp_path):
@@ -76,6 +138,6 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
         torch.save(torch.zeros(3), path)
     else:
         path.write_bytes(content)
-    for read in (steps_of, WholeCheckpointIO().load_checkpoint):
+    for read in (progress_of, WholeCheckpointIO().load_checkpoint):
         with pytest.raises(UserError, match=r"the checkpoint .*step=1.ckpt (cannot be read|holds no state)"):
             read(path)

@@ -51,11 +51,21 @@ def test_a_link_moves_on(tmp_path):
         assert (tmp_path / "last").is_symlink() and (tmp_path / "last").read_text() == name
 
 
-def test_a_link_takes_the_place_of_a_folder(tmp_path):
+def test_a_link_does_not_take_the_place_of_a_folder(tmp_path):
     (tmp_path / "last/shards").mkdir(parents=True)
-    (tmp_path / "a").write_text("a")
+    with pytest.raises(UserError, match="last is a folder that something else has written"):
+        link_to(tmp_path / "last", tmp_path / "a")
+    assert (tmp_path / "last/shards").exists()
+
+
+def test_without_links_there_is_none(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
     link_to(tmp_path / "last", tmp_path / "a")
-    assert (tmp_path / "last").read_text() == "a"
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    link_to(tmp_path / "last", tmp_path / "b")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_folders_and_nothing_are_removed(tmp_path):
