@@ -28,8 +28,8 @@ class SaveCheckpoints(Checkpoint):
     A checkpoint is written before the first step of a run, then every so many minutes or steps, after the last step,
     and when SIGTERM or Ctrl-C ends the run. It is written before a batch, when metrics and validation of the last step
     are complete: a run that goes on from it gives every metric once and, on CPUs, the same numbers as one that was
-    never interrupted. Their folder is `checkpoints` in trainer.default_root_dir. Add a `ModelCheckpoint` to keep more, or
-    the best by a metric. Signals are heard by the command; a Trainer without it is stopped as Lightning does.
+    never interrupted. The folder is `checkpoints` in trainer.default_root_dir. A `ModelCheckpoint` beside it can keep
+    more, or the best by a metric. Signals are heard by the command; a Trainer without it is stopped as Lightning does.
 
     Args:
         every_minutes: Minutes between two checkpoints; null for steps alone.
