@@ -45,7 +45,7 @@ def sentence_ends(tokenizer: PreTrainedTokenizerBase, response_ids: Tensor, mask
     Returns:
         Boolean, shape ``(B, T)``, False outside the mask. The last token of a response is not marked for being last.
     """
-    vocabulary = _token_bytes(tokenizer)
+    vocabulary = token_bytes(tokenizer)
     ends = torch.zeros(mask.shape, dtype=torch.bool)
     for row, (ids, valid) in enumerate(zip(response_ids.cpu(), mask.cpu(), strict=True)):
         decoder = getincrementaldecoder("utf-8")(errors="replace")
@@ -93,7 +93,8 @@ class _TokenBytes(dict[int, bytes]):
 
 
 @lru_cache(maxsize=4)
-def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> _TokenBytes:
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> _TokenBytes:
+    """What each id of a tokenizer adds to the text, in UTF-8; nothing for special tokens."""
     return _TokenBytes(tokenizer)
 
 

@@ -31,6 +31,11 @@ commands on one stage (SFT, DPO, reward model or RTO, as the configuration says)
                                 --push_to_hub USER/NAME uploads it (`rto-lightning export --help`)
   serve-reward FROM             answer over HTTP with the scores of a reward role, found as by export; for
                                 model.reward_url and OpenRLHF (`rto-lightning serve-reward --help`)
+  rewards --dpo ROLE            show which tokens of given responses a DPO role likes: a page, JSONL or Parquet
+                                (`rto-lightning rewards --help`)
+  generate FROM                 answer the questions of AlpacaEval 2 or Arena-Hard (`rto-lightning generate --help`)
+  evaluate FILE ...             win rates of answer files, by a reward model, a function, a chat model or existing
+                                annotations (`rto-lightning evaluate --help`)
 command on a list of stages:
   pipeline --config FILE.yaml   run the stages in order, and skip what is done
 
@@ -98,8 +103,22 @@ def _dispatch(arguments: list[str]) -> None:
         from rto_lightning.cli.serve_reward import main as serve_reward_main
 
         serve_reward_main(arguments[1:])
+    elif command == "rewards":
+        from rto_lightning.cli.rewards import main as rewards_main
+
+        rewards_main(arguments[1:])
+    elif command == "generate":
+        from rto_lightning.cli.generate import main as generate_main
+
+        generate_main(arguments[1:])
+    elif command == "evaluate":
+        from rto_lightning.cli.evaluate import main as evaluate_main
+
+        evaluate_main(arguments[1:])
     elif command in STAGE_COMMANDS:
         run_stage(arguments)
     else:
-        known = ", ".join([*STAGE_COMMANDS, "plan", "pipeline", "export", "serve-reward"])
+        known = ", ".join(
+            [*STAGE_COMMANDS, "plan", "pipeline", "export", "serve-reward", "rewards", "generate", "evaluate"]
+        )
         raise ConfigurationError(f"unknown command `{command}`; choose one of {known} (--help explains them).")

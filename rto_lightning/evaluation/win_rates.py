@@ -1,0 +1,122 @@
+"""Win rates with their uncertainty, over a benchmark and over its parts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from rto_lightning.algorithms import clustered_mean_interval
+from rto_lightning.evaluation.answers import Comparison
+from rto_lightning.evaluation.judging import Judgment
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often a model wins; in percent of the games, ties as half."""
+
+    percent: float
+    """nan if nothing was judged."""
+    low: float
+    """End of the 95% interval, which takes all games of a prompt together; nan with fewer than two prompts."""
+    high: float
+    standard_error: float
+    wins: int
+    """Prompts of whose games the model won more than half."""
+    losses: int
+    ties: int
+    unjudged: int
+    """Prompts without a game, which count nowhere else."""
+
+    def summary(self) -> dict[str, float | None]:
+        """All fields, for JSON, with None for nan."""
+        return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """A model against the baseline."""
+
+    model: str
+    baseline: str
+    judge: str
+    comparisons: list[Comparison]
+    judgments: list[Judgment]
+    """One for each comparison."""
+    overall: WinRate
+    categories: dict[str, WinRate]
+    """By the parts of the benchmark, by their names; empty where there is only one."""
+    characters: float
+    """Mean length of the model's answers."""
+    baseline_characters: float
+    length_controlled: dict[str, float] = field(default_factory=dict)
+    """What `alpaca_eval` says, under its names; empty where it was not asked."""
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Why comparisons are unjudged, by their ids."""
+        pairs = zip(self.comparisons, self.judgments, strict=True)
+        return {comparison.id: judgment.problem for comparison, judgment in pairs if not judgment.games}
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the answers themselves, for JSON."""
+        return {
+            "model": self.model,
+            "baseline": self.baseline,
+            "judge": self.judge,
+            "win_rate": self.overall.summary(),
+            **({"length_controlled": self.length_controlled} if self.length_controlled else {}),
+            "characters": self.characters,
+            "baseline_characters": self.baseline_characters,
+            "categories": {name: rate.summary() for name, rate in self.categories.items()},
+            "unjudged": self.problems,
+        }
+
+
+def win_rate(judgments: Sequence[Judgment]) -> WinRate:
+    """The win rate over some prompts, one judgment each.
+
+    With one game a prompt, percentage and standard error are `alpaca_eval`'s. Several games of a prompt, such as those
+    of Arena-Hard, are no independent observations; see :func:`clustered_mean_interval`.
+    """
+    judged = [judgment.games for judgment in judgments if judgment.games]
+    means = [sum(games) / len(games) for games in judged]
+    percent = low = high = error = float("nan")
+    if judged:
+        games = torch.tensor([100.0 * game for row in judged for game in row], dtype=torch.float64)
+        prompts = torch.tensor([number for number, row in enumerate(judged) for _ in row])
+        percent, low, high = (float(value) for value in clustered_mean_interval(games, prompts))
+        error = (high - low) / (2 * 1.96)
+    wins, losses = sum(mean > 0.5 for mean in means), sum(mean < 0.5 for mean in means)
+    return WinRate(
+        percent,
+        low if math.isnan(low) else max(low, 0.0),
+        high if math.isnan(high) else min(high, 100.0),
+        error,
+        wins,
+        losses,
+        len(means) - wins - losses,
+        len(judgments) - len(judged),
+    )
+
+
+def model_result(
+    model: str, baseline: str, judge: str, comparisons: list[Comparison], judgments: list[Judgment]
+) -> ModelResult:
+    """All figures of a model but the length-controlled one, from one judgment for each comparison."""
+    parts: dict[str, list[Judgment]] = {}
+    for comparison, judgment in zip(comparisons, judgments, strict=True):
+        parts.setdefault(comparison.category, []).append(judgment)
+    named = sorted(parts) if len(parts) > 1 else []
+    return ModelResult(
+        model,
+        baseline,
+        judge,
+        comparisons,
+        judgments,
+        win_rate(judgments),
+        {name or "(none)": win_rate(parts[name]) for name in named},
+        sum(len(comparison.answer) for comparison in comparisons) / len(comparisons),
+        sum(len(comparison.baseline) for comparison in comparisons) / len(comparisons),
+    )

@@ -1,0 +1,169 @@
+"""Token rewards as HTML: one renderer for files, notebooks and loggers.
+
+A page is one file that needs nothing else, no script and no network, and forbids both to itself. Whatever text of a
+prompt, response or file name is shown, it is text.
+"""
+
+import html
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from rto_lightning.backbone import Message
+from rto_lightning.inspection.colours import COVERED, STEPS, colour_rules, step_class, step_of, symmetric_limit
+from rto_lightning.inspection.curve import cumulative_curve
+from rto_lightning.inspection.pieces import Span, spans
+from rto_lightning.inspection.responses import RewardedPair, RewardedResponse, as_responses
+from rto_lightning.runs.files import written_whole
+
+_SHOWN_AS_CODE = {"Cc", "Cs", "Co", "Cn"}
+_DIRECTION_MARKS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True)
+class TokenRewardPage:
+    """Responses and pairs with the reward of each token as its colour, on one scale.
+
+    In a notebook it shows itself.
+    """
+
+    items: Sequence[RewardedResponse | RewardedPair] = field(repr=False)
+    """What is shown, in order."""
+    title: str = "Token rewards"
+    """Heading; empty for none."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What stands under the heading, by name."""
+    unit: str = "nats"
+    """Unit of the rewards."""
+    limit: float | None = None
+    """Magnitude at which the colours end; None for the smallest that covers 95% of the rewards shown."""
+
+    def html(self) -> str:
+        """The page as a file."""
+        title = html.escape(visible(self.title or "Token rewards"))
+        return (
+            f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            '<meta name="color-scheme" content="light dark">\n<style>body{margin:0}</style>\n</head>\n'
+            f"<body>\n{self._repr_html_()}</body>\n</html>\n"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the page; a file that is there is replaced.
+
+        Raises:
+            UserError: if there is no room for it.
+        """
+        with written_whole(Path(path), "w", encoding="utf-8") as file:
+            file.write(self.html())
+
+    def _repr_html_(self) -> str:
+        covered = f", which {COVERED:.0%} of the rewards shown do not exceed" if self.limit is None else ""
+        limit = self.limit or symmetric_limit(
+            sum(response.rewards[span.start : span.end])
+            for response in as_responses(self.items)
+            for span in spans(response.texts, response.special)
+        )
+        heading = f"<h1>{html.escape(visible(self.title))}</h1>\n" if self.title else ""
+        facts = _facts(self.facts)
+        sections = "".join(_section(item, limit, self.unit) for item in self.items)
+        return (
+            f'<style>{style_sheet()}</style>\n<div class="token-rewards">\n{heading}{facts}'
+            f"{_legend(limit, self.unit, covered)}{sections}</div>\n"
+        )
+
+
+@cache
+def style_sheet() -> str:
+    """The style of a page, all of it below the class `token-rewards`."""
+    return colour_rules() + "\n" + (files("rto_lightning.inspection") / "page.css").read_text(encoding="utf-8")
+
+
+def visible(text: str) -> str:
+    """Text in which characters that are not seen, or turn the direction of what follows, stand as their code points."""
+    return "".join(
+        character
+        if character in "\n\t"
+        or not (unicodedata.category(character) in _SHOWN_AS_CODE or ord(character) in _DIRECTION_MARKS)
+        else f"[U+{ord(character):04X}]"
+        for character in text
+    )
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    rows = "".join(
+        f"<div><dt>{html.escape(visible(name))}:</dt><dd>{html.escape(visible(value))}</dd></div>"
+        for name, value in facts.items()
+    )
+    return f"<dl>{rows}</dl>\n" if rows else ""
+
+
+def _legend(limit: float, unit: str, covered: str) -> str:
+    steps = "".join(f'<span class="{step_class(step)}"></span>' for step in range(-STEPS, STEPS + 1))
+    unit = html.escape(unit)
+    return (
+        f'<div class="legend"><div class="steps">{steps}</div>'
+        f'<div class="ends"><span>-{limit:g} {unit}</span><span>0</span><span>+{limit:g} {unit}</span></div>'
+        "<p>Reward of a token: blue where the DPO model makes it more likely than its reference does, orange where "
+        f'less<span class="printed"> (underlined)</span>. Colours end at {limit:g}{covered}. Point at or tap a token '
+        "for its values.</p></div>\n"
+    )
+
+
+def _section(item: RewardedResponse | RewardedPair, limit: float, unit: str) -> str:
+    answers = [item.chosen, item.rejected] if isinstance(item, RewardedPair) else [item]
+    names = ["Chosen", "Rejected"] if isinstance(item, RewardedPair) else ["Response"]
+    turns = "".join(_turn(message) for message in answers[0].prompt)
+    articles = "".join(_article(name, answer, limit, unit) for name, answer in zip(names, answers, strict=True))
+    return f'<section>{turns}<div class="answers">{articles}</div>{cumulative_curve(item)}</section>\n'
+
+
+def _turn(message: Message) -> str:
+    role, content = (html.escape(visible(message[key])) for key in ("role", "content"))
+    return f'<p class="turn" dir="auto"><b>{role}:</b> {content}</p>'
+
+
+def _article(name: str, response: RewardedResponse, limit: float, unit: str) -> str:
+    facts = [f"sum {response.total:+.3f} {unit}", f"{len(response.rewards)} tokens"]
+    if response.score is not None:
+        facts.append(f"score {response.score:+.3f}")
+    sums = response.cumulative
+    tokens = "".join(_token(span, response, sums, limit) for span in spans(response.texts, response.special))
+    return (
+        f'<article><h2>{name} <span class="facts">{html.escape(" | ".join(facts))}</span></h2>'
+        f'<p class="tokens" dir="auto">{tokens}</p></article>'
+    )
+
+
+def _token(span: Span, response: RewardedResponse, sums: Sequence[float], limit: float) -> str:
+    text, start, end = span
+    reward = sum(response.rewards[start:end])
+    step = step_of(reward, limit)
+    classes = {
+        "t": True,
+        step_class(step): step != 0,
+        "negative": step < 0,
+        "special": response.special[start],
+        "break": text != "" and not text.strip("\r\n"),
+    }
+    place = f"token {start + 1}" if end == start + 1 else f"tokens {start + 1} to {end}"
+    tip = [
+        json.dumps(visible(text), ensure_ascii=False),
+        f"reward {reward:+.4f}",
+        f"sum so far {sums[end - 1]:+.3f}",
+        f"{place} of {len(sums)}",
+        *(["ends a sentence"] if any(response.sentence_ends[start:end]) else []),
+    ]
+    shown = " ".join(name for name, holds in classes.items() if holds)
+    # The blank before a word has no colour: at the end of a line it would be a mark that belongs to nothing.
+    blank = " " if text[:1] == " " and text != " " else ""
+    return (
+        f'{blank}<span class="{shown}" tabindex="-1" title="{html.escape(" | ".join(tip))}">'
+        f"{html.escape(visible(text.removeprefix(blank)))}</span>"
+    )
