@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.y*ml"))
 PIPELINES = [path for path in FILES if "\nstages:" in path.read_text(encoding="utf-8")]
 STAGES = [path for path in FILES if path not in PIPELINES]
+QUICK_STAGES = ("quickstart/", "smollm2_135m/", "strategy/")
+QUICK_PIPELINES = ("smollm2_135m/",)
 COMMAND = re.compile(r"^# +rto-lightning fit ((?:--config \S+ ?)+)$", re.MULTILINE)
 SOURCES = ("train", "validation", "test", "predict")
 BATCH = 4
@@ -70,6 +72,14 @@ BACKBONES: dict[tuple[str, str], dict[str, Any]] = {
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT / "configs"))
+
+
+def cases(paths: list[Path], quick: tuple[str, ...]) -> list[Any]:
+    """A case for each file; those whose names do not begin so are slow, since together they take minutes."""
+    return [
+        pytest.param(path, id=name_of(path), marks=() if name_of(path).startswith(quick) else pytest.mark.slow)
+        for path in paths
+    ]
 
 
 def files_of(path: Path) -> list[Path]:
@@ -166,7 +176,7 @@ def test_a_file_begins_with_what_it_is_for(path: Path) -> None:
     assert isinstance(yaml.safe_load(rest), dict)
 
 
-@pytest.mark.parametrize("path", STAGES, ids=name_of)
+@pytest.mark.parametrize("path", cases(STAGES, QUICK_STAGES))
 def test_a_stage_trains_one_step(path: Path, inputs: dict[str, str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     files = files_of(path)
@@ -274,7 +284,7 @@ def read_only_stages(monkeypatch) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.parametrize("path", PIPELINES, ids=name_of)
+@pytest.mark.parametrize("path", cases(PIPELINES, QUICK_PIPELINES))
 def test_a_pipeline_gives_its_stages_what_they_take(path: Path, tmp_path: Path, monkeypatch, read_only_stages) -> None:
     monkeypatch.chdir(tmp_path)
     settings = load_pipeline(path)
