@@ -1,8 +1,10 @@
 import os
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # on tensors as small as those of tests, threads wait for each other
 
 
 @pytest.fixture(scope="session")
