@@ -1,7 +1,7 @@
 """Errors that a user can cause and can cure.
 
 Each is one sentence that names the file, row, key or value at fault and says what to do about it. The
-command prints that sentence and exits with status 1; every other exception is a defect of ours and keeps its
+command prints that sentence and exits with its status; every other exception is a defect of ours and keeps its
 traceback.
 """
 
@@ -12,6 +12,9 @@ from pickle import UnpicklingError
 
 class UserError(Exception):
     """A mistake in the user's settings or data, told in one sentence."""
+
+    exit_status = 1
+    """Of the command: 2 for what cannot be read or compared, such as a command line, a configuration, answer files."""
 
 
 class MissingInputError(UserError):
@@ -46,6 +49,14 @@ class Stopped(BaseException):
     def exit_status(self) -> int:
         """As shells give it for a process that the signal has ended."""
         return 128 + self.number
+
+
+def user_error_within(error: BaseException) -> UserError | None:
+    """The first UserError among an error and those that led to it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def check_settings(

@@ -12,16 +12,17 @@ warning says.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from rto_lightning.errors import UserError
+from rto_lightning.errors import UserError, first_line
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
+_UNSCALES = "_step_supports_amp_scaling"
+"""What torch sets on an optimizer whose step undoes the loss scaling of fp16."""
 _PROBE_SHAPE = (320, 320)
 """Of the weight on which an optimizer is tried: a matrix, as Muon asks for, that is large enough to be paged."""
 
@@ -36,9 +37,9 @@ def build_optimizer(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> 
         make: what a configuration names.
         parameters: the weights.
     """
-    optimizer: Any = make(parameters)
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer._step_supports_amp_scaling = False
+    optimizer = make(parameters)
+    if getattr(optimizer, _UNSCALES, False):
+        setattr(optimizer, _UNSCALES, False)
     return optimizer
 
 
@@ -66,7 +67,7 @@ def check_optimizer(make: MakeOptimizer, key: str, device: torch.device, dtype: 
     except Exception as error:  # whatever it is, it would end the run after the model has been loaded
         raise UserError(
             f"{key}: {name} does not work on {device.type} with {str(dtype).removeprefix('torch.')} weights "
-            f"({_first_line(error)}); change its init_args, or take torch.optim.AdamW."
+            f"({first_line(error)}); change its init_args, or take torch.optim.AdamW."
         ) from error
 
 
@@ -78,8 +79,3 @@ def check_shardable(make: MakeOptimizer, key: str) -> None:
             f"{key}: {type(optimizer).__name__} does not step weights that FSDP spreads over devices; take "
             "torch.optim.AdamW, or model.backbone.mode adapters."
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

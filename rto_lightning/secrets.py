@@ -104,7 +104,8 @@ def mask_yaml(text: str, environ: Mapping[str, str] | None = None) -> str:
     if masked == settings:
         return text
     header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    return header + yaml.safe_dump(masked, sort_keys=False)
+    dumped: str = yaml.safe_dump(masked, sort_keys=False)
+    return header + dumped
 
 
 def check_not_masked(settings: Any, key: str = "") -> None:

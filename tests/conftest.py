@@ -1,9 +1,20 @@
+"""For all tests: no hub, one thread, a tiny model; and the table of faults at the end, whoever has counted them."""
+
 import os
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in processes that tests start, where pytest has several workers
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from tests.faults.matrix import MATRIX
+
+# How fast a machine is decides no test.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 torch.set_num_threads(1)  # on tensors as small as those of tests, threads wait for each other
 
 
@@ -13,3 +24,30 @@ def tiny_model(tmp_path_factory):
     from tests.models import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Forget the seed that an earlier test of the command has left to modules and to processes that tests start."""
+    os.environ.pop("PL_GLOBAL_SEED", None)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand over what a worker of pytest-xdist has counted."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = MATRIX.counts()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what a worker of pytest-xdist has counted."""
+    MATRIX.add(getattr(node, "workeroutput", {}).get("faults", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table of faults."""
+    lines = MATRIX.table()
+    if lines:
+        terminalreporter.section("fault matrix")
+        for line in lines:
+            terminalreporter.write_line(line)

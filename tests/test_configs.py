@@ -1,8 +1,8 @@
 """Every file under `configs/` is run, on a model and data that take no time.
 
-Each stage trains one step through the command that heads its file, or alone if none does; each pipeline is run with
-stages that only read their settings. What a file says is kept, but for names of files, the number of steps, the size of
-a batch and the length of an answer.
+Each stage and overlay trains one step through the command that heads its file, or alone if none does; so do models,
+methods, precisions and strategies put together. Each pipeline is run with stages that only read their settings. What a
+file says is kept, but for names of files, the number of steps, the size of a batch and the length of an answer.
 """
 
 import csv
@@ -10,7 +10,10 @@ import functools
 import math
 import random
 import re
+import shlex
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +36,11 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.y*ml"))
 PIPELINES = [path for path in FILES if "\nstages:" in path.read_text(encoding="utf-8")]
 STAGES = [path for path in FILES if path not in PIPELINES]
-QUICK_STAGES = ("quickstart/", "smollm2_135m/", "strategy/")
+QUICK_STAGES = ("quickstart/", "smollm2_135m/", "strategy/ddp.", "strategy/fsdp.")  # offloading is for GPUs
 QUICK_PIPELINES = ("smollm2_135m/",)
-COMMAND = re.compile(r"^# +rto-lightning fit ((?:--config \S+ ?)+)$", re.MULTILINE)
+COMMAND = re.compile(r"^# +rto-lightning fit (.+)$", re.MULTILINE)
+FIRST_LINE = re.compile(r"# \S.{20,}\. Hardware: \S.+\.")
+"""What a file is for, and what it wants to run on."""
 SOURCES = ("train", "validation", "test", "predict")
 BATCH = 4
 """Prompts or pairs of a batch, and rows of a file: an epoch is one batch, and ends with the validation."""
@@ -65,6 +70,8 @@ BACKBONES: dict[tuple[str, str], dict[str, Any]] = {
     ("llama", "adapters"): {},
     ("llama", "full"): {"mode": "full"},
     ("qwen", "adapters"): {},
+    ("qwen", "full"): {"mode": "full"},
+    ("pythia", "adapters"): {"chat_template": "plain"},
     ("pythia", "full"): {"mode": "full", "chat_template": "plain"},
 }
 """For each architecture and mode, the settings with which a dpo and a reward role are made."""
@@ -83,11 +90,19 @@ def cases(paths: list[Path], quick: tuple[str, ...]) -> list[Any]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of the command that heads a file, which is the last of them; the file alone if there is no command."""
-    command = COMMAND.search(path.read_text(encoding="utf-8"))
-    files = [ROOT / name for name in command[1].replace("--config", "").split()] if command else [path]
-    assert files[-1] == path
+    """The files of the command that heads a file, which is one of them; the file alone if there is no command."""
+    command = COMMAND.search(path.read_text(encoding="utf-8").replace("\\\n#", ""))
+    words = shlex.split(command[1]) if command else []
+    files = [ROOT / value for name, value in pairwise(words) if name == "--config"] or [path]
+    assert path in files
     return files
+
+
+@pytest.fixture(autouse=True)
+def parse_only_fit(monkeypatch) -> None:
+    """The parsers of the other commands would take a third of the time."""
+    fit = {"fit": RTOCLI.subcommands()["fit"]}
+    monkeypatch.setattr(RTOCLI, "subcommands", staticmethod(lambda: fit))
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +135,9 @@ def class_path(settings: dict[str, Any], part: str, known: dict[str, Any]) -> st
     return path
 
 
-def architecture_of(path: Path) -> str:
-    return next((name for name in ("pythia", "qwen") if name in name_of(path)), "llama")
+def architecture_of(files: Sequence[Path]) -> str:
+    """That of the stage, which is the first file."""
+    return next((name for name in ("pythia", "qwen") if name in name_of(files[0])), "llama")
 
 
 def last_value(contents: list[dict[str, Any]], key: str) -> Any:
@@ -132,15 +148,20 @@ def last_value(contents: list[dict[str, Any]], key: str) -> Any:
     return None
 
 
-def overrides(path: Path, contents: list[dict[str, Any]], inputs: dict[str, str], folder: Path) -> dict[str, Any]:
+def read(files: Sequence[Path]) -> list[dict[str, Any]]:
+    return [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
+
+
+def overrides(files: Sequence[Path], inputs: dict[str, str], folder: Path) -> dict[str, Any]:
     """What a run of one step sets differently."""
-    settings, architecture = contents[0], architecture_of(path)
+    contents, architecture = read(files), architecture_of(files)
+    settings = contents[0]
     mode = last_value(contents, "model.backbone.mode") or "adapters"
     named = [role for role in ("dpo", "reward") if last_value(contents, f"model.{role}") is not None]
     roles = {f"model.{role}": inputs[f"{architecture}-{mode}-{role}"] for role in named}
     kind = DATA[class_path(settings, "data", DATA)]
     looks = {"trainer.val_check_interval": 1} if "val_check_interval" in settings["trainer"] else {}
-    files = {f"data.{source}": inputs[kind] for source in SOURCES if source in settings["data"]["init_args"]}
+    rows = {f"data.{source}": inputs[kind] for source in SOURCES if source in settings["data"]["init_args"]}
     return {
         "trainer.default_root_dir": folder,
         "trainer.accelerator": "cpu",
@@ -152,7 +173,7 @@ def overrides(path: Path, contents: list[dict[str, Any]], inputs: dict[str, str]
         "model.backbone.model": inputs[architecture],
         "data.batch_size": BATCH,
         **looks,
-        **files,
+        **rows,
         **roles,
         **SETTINGS[class_path(settings, "model", SETTINGS)],
     }
@@ -170,21 +191,30 @@ def test_there_are_configurations() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_file_begins_with_what_it_is_for(path: Path) -> None:
-    first, _, rest = path.read_text(encoding="utf-8").partition("\n")
-    assert first.startswith("# ") and len(first.split()) > 4
-    assert isinstance(yaml.safe_load(rest), dict)
+def test_a_file_begins_with_what_it_is_for_and_on_what_it_runs(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert FIRST_LINE.fullmatch(lines[0])
+    assert all(len(line) <= 120 for line in lines)
+    assert isinstance(yaml.safe_load("\n".join(lines)), dict)
+
+
+def fit(files: Sequence[Path], changes: dict[str, Any]) -> int:
+    """Runs the command with some files and options."""
+    configs = [f"--config={file}" for file in files]
+    return main(["fit", *configs, *(f"--{key}={value}" for key, value in changes.items())])
 
 
 @pytest.mark.parametrize("path", cases(STAGES, QUICK_STAGES))
 def test_a_stage_trains_one_step(path: Path, inputs: dict[str, str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    files = files_of(path)
-    contents = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
+    train_one_step(files_of(path), inputs, tmp_path)
+
+
+def train_one_step(files: Sequence[Path], inputs: dict[str, str], tmp_path: Path) -> None:
+    """Trains, and checks what a step must leave behind."""
+    contents = read(files)
     settings = contents[0]
-    changes = overrides(path, contents, inputs, tmp_path / "out")
-    configs = [f"--config={file}" for file in files]
-    assert main(["fit", *configs, *(f"--{key}={value}" for key, value in changes.items())]) == 0
+    assert fit(files, overrides(files, inputs, tmp_path / "out")) == 0
 
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     training = [row for row in logged(tmp_path / "out") if any(name.startswith("train/") for name in row)]
@@ -198,8 +228,76 @@ def test_a_stage_trains_one_step(path: Path, inputs: dict[str, str], tmp_path: P
     assert card is not None
     assert card.role == SAVED_AS.get(settings["model"]["class_path"].rpartition(".")[2], "policy")
     assert card.kind == ("model" if last_value(contents, "model.backbone.mode") == "full" else "adapter")
-    moved = movements(role, Path(inputs[architecture_of(path)]))
+    moved = movements(role, Path(inputs[architecture_of(files)]))
     assert moved and all(moved)
+
+
+PRECISIONS = ("", "lora_bf16", "qlora_nf4", "full_bf16_mixed")
+STRATEGIES = ("", "ddp", "fsdp", "fsdp_offload")
+COMBINED = {
+    "quickstart": ("sft", "rto rloo", "rto rto_grpo", "dpo tdpo1"),
+    "smollm2_135m": ("rto ppo", "rto grpo", "rto rto_reinforce_pp", "dpo ipo"),
+    "qwen2.5_0.5b": ("rto reinforce_pp", "rto rto_rloo", "dpo tdpo2", "reward_model"),
+    "llama3_8b": ("dpo simpo", "rto ddpo", "dpo", "rto rs_ppo"),
+    "tldr_pythia_2.8b": ("rto", "rto semi_rto", "dpo rdpo", "dpo cdpo"),
+}
+"""For each model, stages with their methods. The n-th of a model is put together with the n-th precision, and with a
+strategy such that every pair of model, precision and strategy is run."""
+
+
+def combinations() -> list[tuple[str, ...]]:
+    """(model, stage with its method, precision, strategy)."""
+    return [
+        (model, name, precision, STRATEGIES[(row + column) % len(STRATEGIES)])
+        for row, (model, names) in enumerate(COMBINED.items())
+        for column, (name, precision) in enumerate(zip(names, PRECISIONS, strict=True))
+    ]
+
+
+def test_every_pair_of_model_precision_and_strategy_is_put_together() -> None:
+    made = combinations()
+    axes: dict[int, Sequence[str]] = {0: list(COMBINED), 2: PRECISIONS, 3: STRATEGIES}
+    for first, second in ((0, 2), (0, 3), (2, 3)):
+        assert {(row[first], row[second]) for row in made} == set(product(axes[first], axes[second]))
+    for position, folder in ((2, "precision"), (3, "strategy")):
+        assert set(axes[position]) - {""} == {path.stem for path in STAGES if name_of(path).startswith(folder)}
+    assert {name.partition(" ")[2] for _, name, *_ in made} - {""} == {
+        path.stem for path in STAGES if name_of(path).startswith("method")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "name", "precision", "strategy"), combinations())
+def test_overlays_go_together(model, name, precision, strategy, inputs, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage, _, method = name.partition(" ")
+    named = f"{model}/{stage}", f"method/{method}", f"precision/{precision}", f"strategy/{strategy}"
+    train_one_step([ROOT / f"configs/{part}.yaml" for part in named if not part.endswith("/")], inputs, tmp_path)
+
+
+REFUSED = {
+    "smollm2_135m/rto method/simpo": "method/simpo.yaml line 7: unknown key `model.loss`",
+    "smollm2_135m/dpo method/ppo": "method/ppo.yaml line 8: unknown key `model.rewards`",
+    "smollm2_135m/rto method/ppo method/semi_rto": "rewards.granularity sentence moves token rewards, of which",
+    "smollm2_135m/dpo method/cdpo method/rdpo": "label_smoothing belongs to loss dpo and does not go with loss rdpo",
+    "tldr_pythia_2.8b/rto method/ppo": "rewards.beta_3 is not 0, which needs model.reward",
+    "llama3_8b/rto llama3_8b/qlora_24gb/rto strategy/fsdp": "PagedAdamW8bit does not step weights that FSDP spreads",
+    "method/ppo smollm2_135m/rto": "method/ppo.yaml is an overlay of a stage; put it after",
+    "method/ppo": "method/ppo.yaml",
+}
+"""Files that do not go together, and what is said of it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", REFUSED)
+def test_what_does_not_go_together_is_refused(named: str, inputs, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [ROOT / f"configs/{part}.yaml" for part in named.split()]
+    stage = "data" in read(files)[0]
+    assert fit(files, overrides(files, inputs, tmp_path / "out") if stage else {}) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("rto-lightning: error: ") and error.count("\n") == 1
+    assert REFUSED[named] in error
 
 
 OPTIONS = {
@@ -228,13 +326,10 @@ def test_every_option_is_taken_from_yaml(inputs: dict[str, str], tmp_path: Path,
     text = yaml.safe_dump(OPTIONS).replace("{reward}", inputs["llama-full-reward"])
     (tmp_path / "options.yaml").write_text(text, encoding="utf-8")
     path = ROOT / "configs/quickstart/rto.yaml"
-    contents = [yaml.safe_load(path.read_text(encoding="utf-8"))]
-    changes = overrides(path, contents, inputs, tmp_path / "out")
-    command = ["fit", "--config", str(path), "--config", "options.yaml"]
-    assert main([*command, *(f"--{key}={value}" for key, value in changes.items())]) == 0
+    assert fit([path, Path("options.yaml")], overrides([path], inputs, tmp_path / "out")) == 0
     [training] = logged(tmp_path / "out")
     assert {"train/score", "train/score_2", "train/score_3", "train/policy/optimizer_steps"} <= set(training)
-    assert not any(name.startswith("train/value") for name in training)
+    assert not any(name.startswith("train/critic") for name in training)
 
 
 def movements(role: Path, base: Path) -> list[bool]:

@@ -1,7 +1,7 @@
 """The paper's configurations hold the paper's numbers (arXiv 2404.18922, appendices D, E and F).
 
-Each file is parsed and instantiated with the overlays of the command that heads it, and the numbers are read off the
-objects: module, optimizers, schedules, data module and trainer. No model is loaded; that is left to `test_configs.py`.
+Each stage is parsed and instantiated with its overlays, and the numbers are read off the objects: module, optimizers,
+schedules, data module and trainer. No model is loaded; that is left to `test_configs.py`.
 """
 
 import math
@@ -18,10 +18,10 @@ from rto_lightning.backbone import RoleCard
 from rto_lightning.backbone.roles import STAGE_OF_ROLE
 from rto_lightning.cli import main
 from rto_lightning.cli.lightning_cli import RTOCLI
-from tests.test_configs import ROOT, files_of
+from tests.test_configs import ROOT
 
 LLAMA, PYTHIA = ROOT / "configs/llama3_8b", ROOT / "configs/tldr_pythia_2.8b"
-QLORA = LLAMA / "qlora_24gb"
+QLORA, METHODS, PRECISIONS = LLAMA / "qlora_24gb", ROOT / "configs/method", ROOT / "configs/precision"
 PAIRS = 61_135
 """Rows of HuggingFaceH4/ultrafeedback_binarized:train_prefs."""
 PROMPTS = 60_000
@@ -33,7 +33,7 @@ TORCH_ADAMW = {"class": torch.optim.AdamW, "betas": (0.9, 0.999), "weight_decay"
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch):
-    """Instantiates what a file says, with its overlays, in a folder where every role exists that a file names."""
+    """Instantiates what files say, in a folder where every role exists that one of them names."""
     monkeypatch.chdir(tmp_path)
     for folder in (LLAMA.name, f"{LLAMA.name}/{QLORA.name}", PYTHIA.name):
         for role, stage in STAGE_OF_ROLE.items():
@@ -45,10 +45,10 @@ def load(tmp_path: Path, monkeypatch):
     seen: list[RTOCLI] = []
     monkeypatch.setattr(RTOCLI, "_run_subcommand", lambda self, command: seen.append(self))
 
-    def load(path: Path, *options: str) -> RTOCLI:
-        configs = [f"--config={file}" for file in files_of(path)]
+    def load(*files: Path) -> RTOCLI:
+        configs = [f"--config={file}" for file in files]
         folder = f"--trainer.default_root_dir={tmp_path / 'out'}"  # the named one may hold a role
-        assert main(["fit", *configs, "--trainer.accelerator=cpu", folder, *options]) == 0
+        assert main(["fit", *configs, "--trainer.accelerator=cpu", folder]) == 0
         return seen[-1]
 
     return load
@@ -95,18 +95,24 @@ def assert_full_training(cli: RTOCLI) -> None:
     assert cli.trainer.precision == "bf16-mixed"
 
 
+def with_method(stage: Path, method: str | None) -> list[Path]:
+    """A stage, the overlay of a method, and what the paper says of that method on this model."""
+    values = stage.parent / f"method/{method}.yaml"
+    return [stage] if method is None else [stage, METHODS / f"{method}.yaml", *([values] if values.exists() else [])]
+
+
 PREFERENCES = {
-    "dpo": {"loss": "dpo", "beta": 0.1, "label_smoothing": 0.0},
-    "methods/rdpo": {"loss": "rdpo", "beta": 0.1, "length_coefficient": 0.001},
-    "methods/simpo": {"loss": "simpo", "beta": 2.5, "margin": 0.5},
-    "methods/tdpo": {"loss": "tdpo2", "beta": 0.1, "kl_coefficient": 0.2},
+    None: {"loss": "dpo", "beta": 0.1, "label_smoothing": 0.0},
+    "rdpo": {"loss": "rdpo", "beta": 0.1, "length_coefficient": 0.001},
+    "simpo": {"loss": "simpo", "beta": 2.5, "margin": 0.5},
+    "tdpo2": {"loss": "tdpo2", "beta": 0.1, "kl_coefficient": 0.2},
 }
 
 
-@pytest.mark.parametrize("name", PREFERENCES)
-def test_preference_learning(name: str, load) -> None:
-    cli = load(LLAMA / f"{name}.yaml")
-    assert {key: getattr(cli.model, key) for key in PREFERENCES[name]} == PREFERENCES[name]
+@pytest.mark.parametrize("method", PREFERENCES)
+def test_preference_learning(method: str | None, load) -> None:
+    cli = load(*with_method(LLAMA / "dpo.yaml", method))
+    assert {key: getattr(cli.model, key) for key in PREFERENCES[method]} == PREFERENCES[method]
     assert built(cli.model.optimizer, 5e-7) == ADAM
     batch = cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches
     assert (batch, cli.trainer.max_epochs) == (256, 1)
@@ -127,21 +133,21 @@ def test_reward_model(load) -> None:
 
 
 RL = {
-    "rto": (0.05, "token", "gae", 5e-7),
-    "methods/ppo": (0.0, "token", "gae", 8e-7),
-    "methods/semi_rto": (0.05, "sentence", "gae", 5e-7),
-    "methods/ddpo": (0.05, "delayed", "gae", 5e-7),
-    "methods/rs_ppo": (0.05, "shaping", "gae", 5e-7),
-    "methods/reinforce_pp": (0.0, "token", "reinforce++", 5e-7),
-    "methods/rto_reinforce_pp": (0.05, "token", "reinforce++", 5e-7),
+    None: (0.05, "token", "gae", 5e-7),
+    "ppo": (0.0, "token", "gae", 8e-7),
+    "semi_rto": (0.05, "sentence", "gae", 5e-7),
+    "ddpo": (0.05, "delayed", "gae", 5e-7),
+    "rs_ppo": (0.05, "shaping", "gae", 5e-7),
+    "reinforce_pp": (0.0, "token", "reinforce++", 5e-7),
+    "rto_reinforce_pp": (0.05, "token", "reinforce++", 5e-7),
 }
 """beta_1, granularity, estimator and the policy's learning rate; everything else is the same."""
 
 
-@pytest.mark.parametrize("name", RL)
-def test_reinforcement_learning(name: str, load) -> None:
-    cli = load(LLAMA / f"{name}.yaml")
-    beta_1, granularity, estimator, learning_rate = RL[name]
+@pytest.mark.parametrize("method", RL)
+def test_reinforcement_learning(method: str | None, load) -> None:
+    cli = load(*with_method(LLAMA / "rto.yaml", method))
+    beta_1, granularity, estimator, learning_rate = RL[method]
     rewards, ppo = cli.model.rewards, cli.model.ppo
     assert (rewards.beta_1, rewards.granularity) == (beta_1, granularity)
     assert (rewards.beta_2, rewards.beta_3, rewards.kl_target) == (0.01, 1.0, None)
@@ -161,16 +167,18 @@ def test_reinforcement_learning(name: str, load) -> None:
     assert_full_training(cli)
 
 
-@pytest.mark.parametrize("name", ["dpo", "reward_model", "rto", "methods/ppo"])
-def test_lora_overlays_every_file(name: str, load) -> None:
-    cli = load(LLAMA / f"{name}.yaml", f"--config={LLAMA / 'lora.yaml'}")
+@pytest.mark.parametrize("stage", ["dpo", "reward_model", "rto"])
+def test_lora_overlays_every_stage(stage: str, load) -> None:
+    cli = load(LLAMA / f"{stage}.yaml", PRECISIONS / "lora_bf16.yaml")
     assert (cli.model.settings.mode, cli.model.settings.lora.rank) == ("adapters", 16)
     assert cli.model.settings.model == "OpenRLHF/Llama-3-8b-sft-mixture"  # what the file says is kept
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_qlora_holds_every_stage_on_one_small_gpu(load) -> None:
-    dpo, reward_model, rto = (load(QLORA / f"{name}.yaml") for name in ("dpo", "reward_model", "rto"))
+    nf4 = PRECISIONS / "qlora_nf4.yaml"
+    names = ("dpo.yaml", "reward_model.yaml", "rto.yaml")
+    dpo, reward_model, rto = (load(LLAMA / name, nf4, QLORA / name) for name in names)
     for cli in (dpo, reward_model, rto):
         settings = cli.model.settings
         assert (settings.model, settings.mode, settings.quantization) == (
@@ -216,11 +224,12 @@ def test_summarization_without_a_reward_model(load) -> None:
 
 
 def test_baselines_of_summarization(load) -> None:
-    reward_model, ppo = load(PYTHIA / "reward_model.yaml"), load(PYTHIA / "methods/ppo.yaml")
+    reward_model, ppo = load(PYTHIA / "reward_model.yaml"), load(*with_method(PYTHIA / "rto.yaml", "ppo"))
     assert built(reward_model.model.optimizer, 3e-6) == TORCH_ADAMW
     assert reward_model.datamodule.batch_size * reward_model.trainer.accumulate_grad_batches == 128
     rewards = ppo.model.rewards
     assert (rewards.beta_1, rewards.beta_2, rewards.beta_3, ppo.model.dpo) == (0.0, 0.03, 1.0, None)
     assert built(ppo.model.optimizer, 3e-6) == TORCH_ADAM
-    rewards = load(PYTHIA / "methods/ddpo.yaml").model.rewards
+    assert (ppo.model.critic.init, len(ppo.model.sources)) == ("reward", 1)
+    rewards = load(*with_method(PYTHIA / "rto.yaml", "ddpo")).model.rewards
     assert (rewards.beta_1, rewards.beta_2, rewards.granularity) == (0.1, 0.05, "delayed")

@@ -55,6 +55,7 @@ def check_claims(report: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_quickstart_keeps_its_promise_and_is_done_once(tmp_path: Path) -> None:
     output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -64,7 +65,9 @@ def test_the_quickstart_keeps_its_promise_and_is_done_once(tmp_path: Path) -> No
     report = (output / "report/report.md").read_text(encoding="utf-8")
     assert report in printed
     check_claims(report)
-    assert {path.name for path in output.iterdir()} == set(stages)
+    assert {path.name for path in output.iterdir()} == {*stages, "report.html"}
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "Before training" in page and "rto, after 60 iterations" in page and "Score against KL" in page
     assert not list(elsewhere.iterdir())
 
     before = contents(output)
@@ -76,11 +79,12 @@ def test_the_quickstart_keeps_its_promise_and_is_done_once(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_command_trains_and_compares_every_method(tmp_path: Path) -> None:
     """With a model that has just learned to use words, and few steps of each method."""
     settings = load_pipeline(METHODS)
     steps = {"sft.yaml": 150, "dpo.yaml": 3, "reward_model.yaml": 3, "rto.yaml": 2}
-    changes = [f"{stage.name}.trainer.max_steps={steps[stage.fit]}" for stage in settings.stages if stage.fit]
+    changes = [f"{stage.name}.trainer.max_steps={steps[stage.files[0]]}" for stage in settings.stages if stage.files]
     changes += ["world.train_reviews=4800", "world.validation_reviews=32", "world.test_prompts=8"]
     changes += ["preferences.pairs=96", "preferences.validation_pairs=32", "compare.answers_per_prompt=2"]
     printed = run_pipeline(tmp_path / "out", tmp_path, METHODS, changes)
@@ -92,7 +96,7 @@ def test_one_command_trains_and_compares_every_method(tmp_path: Path) -> None:
     assert list(table) == ["SFT", *settings.stages[-1].arguments["policies"]]
     numbers = [number for row in table.values() for number in (*row.gold, *row.kl, *row.length)]
     assert all(math.isfinite(number) for number in numbers)
-    trained = [stage.name for stage in settings.stages if stage.fit in ("sft.yaml", "dpo.yaml", "rto.yaml")]
+    trained = [stage.name for stage in settings.stages if stage.files and stage.files[0] != "reward_model.yaml"]
     weights = {weights_digest(tmp_path / "out" / stage / "role") for stage in trained}
     assert len(weights) == len(trained) == len(table), "two methods ended as the same policy"
     curves = {stage.name: read_curve(str(tmp_path / "out" / stage.name)) for stage in settings.stages}

@@ -33,6 +33,7 @@ from rto_lightning.algorithms.ppo import (
     value_loss,
 )
 from rto_lightning.algorithms.preference import PreferenceLoss, dpo_loss, ipo_loss, rdpo_loss, simpo_loss
+from rto_lightning.algorithms.ranking import PairRecords, ranking_accuracies
 from rto_lightning.algorithms.rewards import RewardTerms, compose_rewards
 from rto_lightning.algorithms.statistics import clustered_mean_interval
 from rto_lightning.algorithms.token_dpo import tdpo1_loss, tdpo2_loss
@@ -50,6 +51,7 @@ __all__ = [
     "Estimator",
     "Granularity",
     "KLEstimator",
+    "PairRecords",
     "PolicyLossStatistics",
     "PreferenceLoss",
     "RewardTerms",
@@ -72,6 +74,7 @@ __all__ = [
     "move_token_rewards",
     "place_at_last_token",
     "policy_loss",
+    "ranking_accuracies",
     "rdpo_loss",
     "response_mask_from_lengths",
     "return_to_go",

@@ -28,6 +28,14 @@ def generalized_advantages(
 
     Returns:
         Advantages (not whitened) and returns, each ``(B, T)`` and zero outside the mask.
+
+    Example:
+        >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.2, 0.4, 0.8]])
+        >>> mask = torch.ones(1, 3, dtype=torch.bool)
+        >>> generalized_advantages(rewards, values, mask, gamma=1.0, lam=1.0)
+        (tensor([[0.8000, 0.6000, 0.2000]]), tensor([[1., 1., 1.]]))
+        >>> generalized_advantages(rewards, values, mask, gamma=1.0, lam=0.0)[0]
+        tensor([[0.2000, 0.4000, 0.2000]])
     """
     rewards = zero_outside(rewards, mask)
     values = zero_outside(values, mask)
@@ -55,6 +63,10 @@ def return_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
     Returns:
         Shape ``(B, T)``, zero outside the mask.
+
+    Example:
+        >>> return_to_go(torch.tensor([[1.0, 2.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool), gamma=0.5)
+        tensor([[3., 4., 4.]])
     """
     return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[1]
 
@@ -74,6 +86,10 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
     Returns:
         Shape ``(B, T)``, zero outside the mask.
+
+    Example:
+        >>> whiten(torch.tensor([[1.0, 3.0, 100.0]]), torch.tensor([[True, True, False]]))
+        tensor([[-1.,  1.,  0.]])
     """
     centred = zero_outside(x - masked_mean(x, mask), mask)
     variance = masked_mean(centred.square(), mask)

@@ -24,6 +24,10 @@ def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor, margin: T
     Raises:
         ValueError: If the shapes differ. A ``(B, 1)`` from a scalar head would pair every answer with every
             other.
+
+    Example:
+        >>> bradley_terry_loss(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 0.0]))
+        tensor([0.6931, 0.1269])
     """
     if margin is None:
         margin = chosen_scores.new_zeros(chosen_scores.shape)

@@ -76,6 +76,13 @@ def estimate_advantages(
     Raises:
         ValueError: If the estimator is unknown, ``gae`` lacks its values, or a group estimator gets a group size that
             is below 2 or does not divide ``B``.
+
+    Example:
+        >>> zeros, mask = torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool)
+        >>> terms = RewardTerms(token=zeros, kl=zeros, score=torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+        >>> estimate_advantages("rloo", terms, mask, gamma=1.0, lam=1.0, group_size=2)[0]
+        tensor([[ 1.,  1.],
+                [-1., -1.]])
     """
     if estimator == "gae":
         if values is None:

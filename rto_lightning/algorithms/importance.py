@@ -27,6 +27,11 @@ def truncated_importance_weights(logprobs: Tensor, engine_logprobs: Tensor, mask
 
     Raises:
         ValueError: If the cap is not above 0.
+
+    Example:
+        >>> logprobs, engine_logprobs = torch.tensor([[0.50, 0.50]]).log(), torch.tensor([[0.25, 0.50]]).log()
+        >>> truncated_importance_weights(logprobs, engine_logprobs, torch.ones(1, 2, dtype=torch.bool), cap=1.5)
+        tensor([[1.5000, 1.0000]])
     """
     if not cap > 0:
         raise ValueError(f"the cap of importance weights must be above 0, but is {cap}")
@@ -45,6 +50,11 @@ def engine_mismatch(logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor) -> 
     Returns:
         Two scalars, means over all tokens in nats: :math:`|\log \pi - \log \pi_{engine}|`, and the k3 estimate of
         :math:`KL(\pi_{engine} \,\|\, \pi)`, see :func:`kl_estimate`.
+
+    Example:
+        >>> logprobs, engine_logprobs = torch.tensor([[0.50, 0.50]]).log(), torch.tensor([[0.25, 0.50]]).log()
+        >>> engine_mismatch(logprobs, engine_logprobs, torch.ones(1, 2, dtype=torch.bool))
+        (tensor(0.3466), tensor(0.1534))
     """
     distance = masked_mean(zero_outside(logprobs - engine_logprobs, mask).abs(), mask)
     return distance, masked_mean(kl_estimate(engine_logprobs, logprobs, mask, "k3"), mask)

@@ -33,6 +33,12 @@ def kl_estimate(
 
     Raises:
         ValueError: If the estimator is unknown.
+
+    Example:
+        >>> policy, reference = torch.tensor([[0.50]]).log(), torch.tensor([[0.25]]).log()
+        >>> mask = torch.tensor([[True]])
+        >>> kl_estimate(policy, reference, mask), kl_estimate(policy, reference, mask, "k3")
+        (tensor([[0.6931]]), tensor([[0.1931]]))
     """
     log_ratio = zero_outside(policy_logprobs - reference_logprobs, mask)
     if estimator == "k1":
@@ -65,6 +71,10 @@ def adaptive_kl_coefficient(coefficient: float, kl: float, target: float, horizo
     Raises:
         ValueError: If the target is not positive, or if the horizon is so short that the coefficient could
             reach zero.
+
+    Example:
+        >>> round(adaptive_kl_coefficient(0.1, kl=12.0, target=6.0, horizon=10_000, samples=1_000), 6)
+        0.102
     """
     if target <= 0:
         raise ValueError(f"the KL target must be positive, but is {target}")

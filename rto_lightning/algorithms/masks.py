@@ -17,6 +17,10 @@ def zero_outside(x: Tensor, mask: Tensor) -> Tensor:
 
     Returns:
         Shape ``(B, T)``, dtype of ``x``.
+
+    Example:
+        >>> zero_outside(torch.tensor([[1.0, float("nan")]]), torch.tensor([[True, False]]))
+        tensor([[1., 0.]])
     """
     return torch.where(mask, x, 0)
 
@@ -31,6 +35,11 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
     Returns:
         A scalar, or the shape of ``x`` without ``dim``.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False], [True, False, False]])
+        >>> masked_sum(torch.tensor([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0]]), mask, dim=1)
+        tensor([3., 4.])
     """
     return zero_outside(x, mask).sum(dim=dim)
 
@@ -46,6 +55,12 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
     Returns:
         A scalar, or the shape of ``x`` without ``dim``.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False], [True, False, False]])
+        >>> x = torch.tensor([[1.0, 2.0, 9.0], [6.0, 9.0, 9.0]])
+        >>> masked_mean(x, mask), masked_mean(x, mask, dim=1)
+        (tensor(3.), tensor([1.5000, 6.0000]))
     """
     return masked_sum(x, mask, dim) / mask.sum(dim=dim).clamp(min=1)
 
@@ -62,6 +77,11 @@ def response_mask_from_lengths(lengths: Tensor, width: int) -> Tensor:
 
     Returns:
         Boolean, shape ``(B, T)``.
+
+    Example:
+        >>> response_mask_from_lengths(torch.tensor([2, 0]), width=3)
+        tensor([[ True,  True, False],
+                [False, False, False]])
     """
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
@@ -74,6 +94,10 @@ def last_token_index(mask: Tensor) -> Tensor:
 
     Returns:
         int64, shape ``(B,)``; -1 for a row that has no True.
+
+    Example:
+        >>> last_token_index(torch.tensor([[True, True, False], [False, False, False]]))
+        tensor([ 1, -1])
     """
     positions = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, positions, -1).amax(dim=1)
@@ -92,6 +116,11 @@ def place_at_last_token(scores: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: If ``scores`` is not of shape ``(B,)``. A ``(B, 1)`` from a scalar head would broadcast
             silently.
+
+    Example:
+        >>> place_at_last_token(torch.tensor([5.0, 7.0]), response_mask_from_lengths(torch.tensor([2, 3]), width=3))
+        tensor([[0., 5., 0.],
+                [0., 0., 7.]])
     """
     if scores.shape != mask.shape[:1]:
         raise ValueError(f"scores must have shape {tuple(mask.shape[:1])}, one a response, not {tuple(scores.shape)}")

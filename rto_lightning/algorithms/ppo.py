@@ -37,6 +37,11 @@ def aggregate(
 
     Raises:
         ValueError: If the aggregation is unknown.
+
+    Example:
+        >>> losses, mask = torch.tensor([[1.0, 1.0], [4.0, 0.0]]), torch.tensor([[True, True], [True, False]])
+        >>> aggregate(losses, mask, "sequence"), aggregate(losses, mask, "token")
+        (tensor(2.5000), tensor(2.))
     """
     if aggregation == "sequence":
         total = masked_mean(losses, mask, dim=1).sum()
@@ -112,6 +117,13 @@ def policy_loss(
     Raises:
         ValueError: If the aggregation is unknown, or ``dual_clip`` is not above 1: the loss would then be cut where
             the policy has not moved yet.
+
+    Example:
+        >>> logprobs, old_logprobs = torch.tensor([[0.6, 0.4]]).log(), torch.tensor([[0.4, 0.4]]).log()
+        >>> mask = torch.ones(1, 2, dtype=torch.bool)
+        >>> loss, statistics = policy_loss(logprobs, old_logprobs, torch.tensor([[1.0, -1.0]]), mask, clip_range=0.2)
+        >>> loss, statistics.clipped  # the ratio 1.5 counts as 1.2
+        (tensor(-0.1000), tensor(1))
     """
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, but is {dual_clip}; None switches it off")
@@ -170,6 +182,11 @@ def value_loss(
 
     Raises:
         ValueError: If the aggregation is unknown.
+
+    Example:
+        >>> one, mask = torch.tensor([[1.0]]), torch.tensor([[True]])
+        >>> value_loss(values=one, old_values=0 * one, returns=one, mask=mask, value_clip_range=0.2)
+        (tensor(0.3200), tensor(1))
     """
     values = zero_outside(values, mask)
     old_values = zero_outside(old_values, mask)
@@ -201,6 +218,11 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     Returns:
         A scalar: 1 for a perfect critic, 0 for a constant one, negative for a worse one; nan where all
         returns are equal.
+
+    Example:
+        >>> returns, mask = torch.tensor([[0.0, 2.0]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> explained_variance(returns, returns, mask), explained_variance(torch.ones(1, 2), returns, mask)
+        (tensor(1.), tensor(0.))
     """
     residual_variance = _masked_variance(returns - values, mask)
     variance = _masked_variance(returns, mask)

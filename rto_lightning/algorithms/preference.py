@@ -49,6 +49,12 @@ def dpo_loss(
     Raises:
         ValueError: If the label smoothing is outside ``[0, 0.5)``: from a half on, the labels mean nothing or
             their opposite.
+
+    Example:
+        >>> chosen, rejected, reference = torch.tensor([-10.0]), torch.tensor([-12.0]), torch.tensor([-11.0])
+        >>> loss = dpo_loss(chosen, rejected, reference, reference, beta=0.1)
+        >>> loss.losses, loss.chosen_rewards, loss.rejected_rewards
+        (tensor([0.5981]), tensor([0.1000]), tensor([-0.1000]))
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be at least 0 and below 0.5, but is {label_smoothing}")
@@ -83,6 +89,11 @@ def ipo_loss(
 
     Returns:
         Losses, and the implicit rewards :math:`\beta \log (\pi / \pi_{ref})`.
+
+    Example:
+        >>> chosen, rejected, reference = torch.tensor([-10.0]), torch.tensor([-12.0]), torch.tensor([-11.0])
+        >>> ipo_loss(chosen, rejected, reference, reference, beta=0.25).losses
+        tensor([0.])
     """
     chosen_log_ratio = policy_chosen - reference_chosen
     rejected_log_ratio = policy_rejected - reference_rejected
@@ -124,6 +135,12 @@ def rdpo_loss(
 
     Returns:
         Losses, and the implicit rewards :math:`r`.
+
+    Example:
+        >>> chosen, rejected, reference = torch.tensor([-10.0]), torch.tensor([-12.0]), torch.tensor([-11.0])
+        >>> lengths = torch.tensor([20]), torch.tensor([10])
+        >>> rdpo_loss(chosen, rejected, reference, reference, *lengths, beta=0.1, length_coefficient=0.05).losses
+        tensor([0.4032])
     """
     # A float times an integer tensor would be rounded to the default dtype.
     chosen_lengths, rejected_lengths = chosen_lengths.to(policy_chosen), rejected_lengths.to(policy_rejected)
@@ -148,6 +165,10 @@ def simpo_loss(policy_chosen_mean: Tensor, policy_rejected_mean: Tensor, beta: f
 
     Returns:
         Losses, and the implicit rewards :math:`\beta \log \pi(y) / |y|`, which are never positive.
+
+    Example:
+        >>> simpo_loss(torch.tensor([-1.0]), torch.tensor([-2.0]), beta=2.0, margin=1.0).losses
+        tensor([0.3133])
     """
     losses = -F.logsigmoid(beta * (policy_chosen_mean - policy_rejected_mean) - margin)
     return PreferenceLoss(losses, beta * policy_chosen_mean.detach(), beta * policy_rejected_mean.detach())

@@ -85,6 +85,16 @@ def compose_rewards(
     Raises:
         ValueError: If the input of a term whose coefficient is not 0 is missing, a clip is negative, the KL estimator
             or the granularity is unknown, or granularity ``sentence`` lacks its ``sentence_ends``.
+
+    Example:
+        >>> reference, dpo = torch.tensor([[0.50, 0.50]]).log(), torch.tensor([[0.25, 0.50]]).log()
+        >>> mask, scales = torch.ones(1, 2, dtype=torch.bool), {"beta_1": 0.1, "beta_2": 0.01, "beta_3": 3.0}
+        >>> scores = torch.tensor([2.0])
+        >>> terms = compose_rewards(
+        ...     reference, reference, dpo, None, scores, mask, **scales, token_reward_clip=0.05, score_clip=10.0
+        ... )
+        >>> terms.token, terms.score
+        (tensor([[-0.0500,  0.0000]]), tensor([[0., 6.]]))
     """
     for name, given, coefficient_name, coefficient in (
         ("dpo_logprobs", dpo_logprobs, "beta_1", beta_1),
@@ -107,7 +117,7 @@ def compose_rewards(
     if scores is not None:
         terminal = terminal + beta_3 * clamp_magnitude(scores, score_clip)
     if truncated is not None:
-        terminal = terminal - truncation_penalty * truncated.to(terminal.dtype)
+        terminal = torch.where(truncated, terminal - truncation_penalty, terminal)
     short = mask.sum(dim=1) < min_response_tokens
-    terminal = terminal - short_penalty * short.to(terminal.dtype)
+    terminal = torch.where(short, terminal - short_penalty, terminal)
     return RewardTerms(token=token, kl=kl, score=place_at_last_token(terminal, mask))

@@ -24,10 +24,15 @@ def clustered_mean_interval(values: Tensor, clusters: Tensor, z: float = 1.96) -
     Returns:
         Mean, lower end and upper end, each a scalar. The ends are nan where there are fewer than two
         clusters.
+
+    Example:
+        >>> values = torch.tensor([0.0, 2.0, 2.0, 4.0])
+        >>> clustered_mean_interval(values, clusters=torch.tensor([7, 7, 3, 3]), z=1.0)
+        (tensor(2.), tensor(1.), tensor(3.))
     """
     mean = values.mean()
-    _, group = torch.unique(clusters, return_inverse=True)
-    count = int(group.max()) + 1 if len(group) else 0
+    names, group = torch.unique(clusters, return_inverse=True)
+    count = len(names)
     if count < 2:
         return mean, torch.full_like(mean, torch.nan), torch.full_like(mean, torch.nan)
     residual_sums = values.new_zeros(count).index_add(0, group, values - mean)

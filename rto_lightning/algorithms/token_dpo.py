@@ -41,6 +41,12 @@ def tdpo1_loss(
 
     Returns:
         Losses, and the implicit rewards :math:`\beta (\log (\pi / \pi_{ref}) + D)`.
+
+    Example:
+        >>> chosen, rejected, reference = torch.tensor([-10.0]), torch.tensor([-12.0]), torch.tensor([-11.0])
+        >>> divergences = torch.tensor([0.5]), torch.tensor([2.0])
+        >>> tdpo1_loss(chosen, rejected, reference, reference, *divergences, beta=0.1).losses
+        tensor([0.6685])
     """
     chosen_rewards = beta * (policy_chosen - reference_chosen + chosen_kl)
     rejected_rewards = beta * (policy_rejected - reference_rejected + rejected_kl)
@@ -80,6 +86,12 @@ def tdpo2_loss(
     Returns:
         Losses, and the implicit rewards :math:`\beta (\log (\pi / \pi_{ref}) + D)`, which are those of
         :func:`tdpo1_loss` whatever :math:`\alpha`.
+
+    Example:
+        >>> chosen, rejected, reference = torch.tensor([-10.0]), torch.tensor([-12.0]), torch.tensor([-11.0])
+        >>> divergences = torch.tensor([0.5]), torch.tensor([2.0])
+        >>> tdpo2_loss(chosen, rejected, reference, reference, *divergences, beta=0.1, kl_coefficient=0.5).losses
+        tensor([0.6326])
     """
     chosen_log_ratio = policy_chosen - reference_chosen
     rejected_log_ratio = policy_rejected - reference_rejected

@@ -33,6 +33,13 @@ def token_rewards(dpo_logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor
 
     Raises:
         ValueError: If ``clip`` is negative.
+
+    Example:
+        >>> dpo, reference = torch.tensor([[0.4, 0.2]]).log(), torch.tensor([[0.2, 0.4]]).log()
+        >>> token_rewards(dpo, reference, torch.ones(1, 2, dtype=torch.bool), beta_1=0.1, clip=0.0)
+        tensor([[ 0.0693, -0.0693]])
+        >>> token_rewards(dpo, reference, torch.ones(1, 2, dtype=torch.bool), beta_1=0.1, clip=0.05)
+        tensor([[ 0.0500, -0.0500]])
     """
     log_ratio = zero_outside(dpo_logprobs - reference_logprobs, mask)
     return clamp_magnitude(beta_1 * log_ratio, clip)
@@ -66,6 +73,13 @@ def move_token_rewards(
 
     Raises:
         ValueError: If the granularity is unknown, or is ``sentence`` and ``sentence_ends`` is missing.
+
+    Example:
+        >>> rewards, mask = torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3, dtype=torch.bool)
+        >>> move_token_rewards(rewards, mask, "delayed")
+        tensor([[0., 0., 6.]])
+        >>> move_token_rewards(rewards, mask, "sentence", sentence_ends=torch.tensor([[False, True, False]]))
+        tensor([[0., 3., 3.]])
     """
     rewards = zero_outside(rewards, mask)
     if granularity == "token":
@@ -104,6 +118,10 @@ def clamp_magnitude(x: Tensor, limit: float) -> Tensor:
 
     Raises:
         ValueError: If ``limit`` is negative: torch would set every element to it.
+
+    Example:
+        >>> clamp_magnitude(torch.tensor([-3.0, 0.5]), limit=1.0)
+        tensor([-1.0000,  0.5000])
     """
     if limit < 0:
         raise ValueError(f"a clipping limit cannot be negative, but is {limit}; 0 switches clipping off")

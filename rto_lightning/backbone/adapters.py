@@ -24,7 +24,7 @@ from rto_lightning.backbone.adapter_files import read_lora_config, read_lora_wei
 from rto_lightning.backbone.lora import simplify_forward
 from rto_lightning.backbone.model_files import ADAPTER_FILE
 from rto_lightning.backbone.settings import LoraSettings
-from rto_lightning.errors import UserError
+from rto_lightning.errors import UserError, first_line
 
 
 class AdapterBank:
@@ -89,11 +89,12 @@ class AdapterBank:
             self._peft, get_peft_model_state_dict(self._peft, adapter_name=source), adapter_name=name
         )
 
-    def save(self, name: str, folder: Path) -> None:
-        """Write one adapter as a PEFT folder."""
+    def save(self, name: str, folder: Path, revision: str | None = None) -> None:
+        """Write one adapter as a PEFT folder, which names the base model and, if there is one, its revision."""
         assert self._peft is not None
         config: Any = copy.copy(self._peft.peft_config[name])
         config.inference_mode, config.base_model_name_or_path = True, self.model.name_or_path
+        config.revision = revision  # by which PEFT loads the base model
         if isinstance(config.target_modules, set):  # in another order in every process
             config.target_modules = sorted(config.target_modules)
         config.save_pretrained(str(folder))
@@ -142,7 +143,7 @@ class AdapterBank:
                 self._peft.add_adapter(name, config)
         except (ValueError, TypeError, RuntimeError, re.error) as error:
             raise UserError(
-                f"the adapter {name} cannot be put on {self.model.name_or_path}: {str(error).splitlines()[0]}"
+                f"the adapter {name} cannot be put on {self.model.name_or_path}: {first_line(error)}."
             ) from error
         self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         for layer in self._layers:

@@ -70,8 +70,8 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         self.name = name or tokenizer.name_or_path or type(tokenizer).__name__
         self.plain = chat_template == PLAIN
-        if chat_template is not None and not self.plain:
-            tokenizer.chat_template = _read_template(chat_template)
+        if chat_template is not None:  # what is saved has the template that was trained with, or none
+            tokenizer.chat_template = None if self.plain else _read_template(chat_template)
         if not self.plain and not tokenizer.chat_template:
             raise UserError(
                 f"The tokenizer of {self.name} has no chat template; set model.backbone.chat_template to a "

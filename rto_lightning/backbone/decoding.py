@@ -5,7 +5,6 @@ same prompt share its forward, responses that have ended leave the batch, the ca
 sampling distribution says of each drawn token is kept. How a token is drawn is the caller's choice.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rto_lightning.backbone.kv_cache import build_cache, select_rows
+from rto_lightning.backbone.kv_cache import build_cache, cache_argument, select_rows
 from rto_lightning.errors import UserError
 from rto_lightning.parallel import largest
 
@@ -149,14 +148,16 @@ class _Context:
 
     def __init__(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> None:
         self.decoder: Any = model.get_decoder()
-        if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
+        # The last token of a response is never read.
+        self.cache = build_cache(model.config, input_ids.shape[1] + max_new_tokens - 1)
+        name = cache_argument(self.decoder, self.cache)
+        if name is None:
             raise UserError(
                 f"{model.config.model_type} models take no key-value cache, which rollouts need; use a model with "
                 "attention layers."
             )
         self.prompts = input_ids
-        # The last token of a response is never read.
-        self.cache = build_cache(model.config, input_ids.shape[1] + max_new_tokens - 1)
+        self.cache_argument = {name: self.cache}
         self.mask = torch.nn.functional.pad(attention_mask.long(), (0, max_new_tokens), value=1)
         self.width = input_ids.shape[1]
         self.lengths = attention_mask.sum(-1)
@@ -187,8 +188,8 @@ class _Context:
             # Without a mask the attention kernels need not read one, and can share keys and values between heads.
             attention_mask=self.mask[:, : self.width] if self.padded else None,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **self.cache_argument,
         )
         # A frozen output layer is many times slower on a slice that is not contiguous.
         hidden: Tensor = output.last_hidden_state[:, -1].contiguous()

@@ -4,12 +4,13 @@ transformers' `DynamicCache` copies the keys and values of all earlier tokens fo
 appends with `torch.cat`. Here a layer holds room for more tokens than it has, and copies only when a block is full.
 """
 
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 BLOCK_TOKENS = 64
 """Tokens by which a layer grows: at most this many are allocated in vain, and a token is copied once per block."""
@@ -32,6 +33,19 @@ def build_cache(config: Any, max_tokens: int) -> Cache:
     return cache
 
 
+def cache_argument(decoder: nn.Module, cache: Cache) -> str | None:
+    """The name by which a decoder takes keys and values, which transformers 5.24 has changed; None if it takes none.
+
+    Args:
+        decoder: what stands below the output layer.
+        cache: what :func:`build_cache` has built for its model.
+    """
+    if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return None  # of states alone, such as Mamba's
+    parameters = inspect.signature(decoder.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
 def select_rows(cache: Cache, rows: Tensor) -> None:
     """Make the cache hold these rows of the batch, in this order; a row may occur several times or not at all.
 
@@ -52,7 +66,7 @@ class BlockLayer(DynamicLayer):
     """
 
     def __init__(self, max_tokens: int, block_tokens: int = BLOCK_TOKENS) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it without annotations
         self.max_tokens = max_tokens
         self.block_tokens = block_tokens
         self._room: tuple[Tensor, Tensor] | None = None

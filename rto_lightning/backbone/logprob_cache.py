@@ -27,7 +27,8 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rto_lightning.backbone.policy_backbone import BASE, PolicyBackbone
+from rto_lightning.backbone.policy_backbone import PolicyBackbone
+from rto_lightning.backbone.role_bank import BASE
 from rto_lightning.backbone.sequences import Sequences
 from rto_lightning.errors import UserError
 

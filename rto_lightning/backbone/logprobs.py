@@ -41,7 +41,7 @@ def gather_logprobs(
     if not torch.is_grad_enabled() or (layer_is_frozen and not hidden.requires_grad):
         return _gather_without_gradients(hidden, output_layer, tokens, temperature, chunk_tokens, with_entropy)
     if layer_is_frozen and type(output_layer) is nn.Linear:
-        gathered = _GatherThroughFrozenLayer.apply(
+        gathered = _GatherThroughFrozenLayer.apply(  # type: ignore[no-untyped-call]  # torch leaves it without annotations
             hidden, output_layer, tokens, temperature, chunk_tokens, with_entropy
         )
         return gathered if with_entropy else (gathered, None)

@@ -45,7 +45,8 @@ class LoraForward:
         """y = W x + scaling * B A x with the active adapter, or W x without one."""
         layer = self.layer
         if layer.merged_adapters or args or kwargs:
-            return type(layer).forward(layer, x, *args, **kwargs)
+            plain: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+            return plain
         base = layer.base_layer
         active = layer._active_adapter
         adapter = active if isinstance(active, str) else active[0]
@@ -54,7 +55,7 @@ class LoraForward:
             return result
         rows = x.reshape(-1, x.shape[-1])
         projected = nn.functional.linear(rows, layer.lora_A[adapter].weight.to(x.dtype))
-        output = base(rows)
+        output: Tensor = base(rows)
         up = layer.lora_B[adapter].weight.to(output.dtype).t()
         projected, scaling = projected.to(output.dtype), layer.scaling[adapter]
         if self.in_place:

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 from rto_lightning.backbone.model_files import ADAPTER_CONFIG, check_folder, read_settings
 from rto_lightning.backbone.settings import BackboneSettings
 from rto_lightning.errors import MissingInputError, UserError
+from rto_lightning.runs.folder import ROLE_FOLDER
 from rto_lightning.secrets import mask_settings
 
 ROLE_FILE = "role.json"
@@ -103,10 +104,25 @@ class RoleCard:
             raise UserError(f"{path} is damaged (its statistics of scores are none); save the role again.")
         return card
 
-    def check_use(
+    def check_kind(self, kind: str, source: str) -> None:
+        """Refuse a saved role that was trained to be something else.
+
+        Args:
+            kind: what it is to be: `policy`, `dpo` or `reward`.
+            source: where it was saved.
+
+        Raises:
+            UserError: with both kinds.
+        """
+        if self.role != kind:
+            raise UserError(
+                f"{source} was saved as the role {self.role} and cannot be used as {kind}; name the right folder."
+            )
+
+    def check_base(
         self, name: str, source: str, model: str, vocabulary_fingerprint: str, base_fingerprint: Callable[[], str]
     ) -> None:
-        """Refuse a saved role that was trained to be something else, on another vocabulary or on another base.
+        """Refuse a saved role that was trained on another vocabulary or on another base.
 
         Args:
             name: the role it is to be.
@@ -118,10 +134,6 @@ class RoleCard:
         Raises:
             UserError: with both names.
         """
-        if kind_of_role(name) in ("dpo", "reward") and self.role != kind_of_role(name):
-            raise UserError(
-                f"{source} was saved as the role {self.role} and cannot be used as {name}; name the right folder."
-            )
         if self.vocabulary_fingerprint != vocabulary_fingerprint:
             raise UserError(
                 f"the {name} role {source} was trained on {self.base_model}, whose vocabulary differs from that of "
@@ -167,9 +179,12 @@ def role_folder(source: str, role: str, stage: str | None = None) -> Path | None
 
     Raises:
         MissingInputError: if `source` is a path of which nothing exists; names the stage that makes it.
+        UserError: if `source` is the folder of a stage, in which the role lies.
     """
     folder = Path(source)
     if folder.is_dir():
+        if (folder / ROLE_FOLDER).is_dir() and not (folder / ROLE_FILE).exists():
+            raise UserError(f"{source} is the folder of a stage; its role is {folder / ROLE_FOLDER}.")
         return folder
     if looks_like_hub_name(source):
         return None
@@ -186,7 +201,7 @@ def check_init(settings: BackboneSettings) -> None:
     """
     assert settings.init is not None
     folder = role_folder(settings.init, "policy")
-    if folder is None or not (folder / "adapter_config.json").exists():
+    if folder is None or not (folder / ADAPTER_CONFIG).exists():
         raise UserError(f"model.backbone.init {settings.init} is no adapter; set model.backbone.model to it instead.")
     if settings.mode == "full":
         raise UserError("model.backbone.init is an adapter, which mode full does not train; use mode adapters.")

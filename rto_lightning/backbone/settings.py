@@ -8,7 +8,7 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoraSettings:
     """Low-rank adapters (LoRA, arXiv 2106.09685), one for each trained role."""
 
@@ -22,7 +22,7 @@ class LoraSettings:
     """Scale by `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class BackboneSettings:
     """The base model that every role shares."""
 

@@ -105,7 +105,7 @@ def forward_of_role(method: Callable[Concatenate[Any, str, P], T]) -> Callable[C
     """What this method of a backbone computes as a role counts as a forward of that role's model."""
 
     @wraps(method)
-    def run(backbone: Any, name: str, *args: P.args, **kwargs: P.kwargs) -> T:
+    def run(backbone: Any, name: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return as_forward(backbone.models[backbone.roles[name].model], lambda: method(backbone, name, *args, **kwargs))
 
     return run
@@ -140,7 +140,7 @@ def gathered(model: nn.Module, all_layers: bool = True) -> Iterator[None]:
         model: sharded or not.
         all_layers: False changes nothing: each layer is gathered when it is called.
     """
-    layers = [part for part in _sharded_parts(model) if part is not model] if all_layers else []
+    layers = _sharded_parts(model, itself=False) if all_layers else []
     for layer in layers:
         layer.unshard()
         layer.set_reshard_after_forward(False, recurse=False)
@@ -186,5 +186,6 @@ def _call(model: nn.Module, function: Callable[[], T]) -> T:
     return function()
 
 
-def _sharded_parts(module: nn.Module) -> list[FSDPModule]:
-    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+def _sharded_parts(module: nn.Module, itself: bool = True) -> list[FSDPModule]:
+    parts = module.modules() if itself else (part for part in module.modules() if part is not module)
+    return [part for part in parts if isinstance(part, FSDPModule)]

@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
+from rto_lightning.callbacks.iterations import RolloutCallback
 from rto_lightning.errors import UserError
 
 _METRICS = {
@@ -17,7 +18,7 @@ _METRICS = {
 """The metric behind each figure."""
 
 
-class StopOnCollapse(Callback):
+class StopOnCollapse(RolloutCallback):
     """Stops training when a figure of the rollouts has been beyond a limit for several iterations in a row.
 
     The run ends with an error and saves no role, since a later stage of a pipeline would take a collapsed policy for a
@@ -70,18 +71,6 @@ class StopOnCollapse(Callback):
             raise UserError("StopOnCollapse has no limit; set one, such as max_kl or min_response_length.")
         if patience < 1:
             raise UserError(f"StopOnCollapse has patience {patience}; set it to 1 or more.")
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a stage without rollouts.
-
-        Raises:
-            UserError: for every stage but RTO.
-        """
-        stage = getattr(pl_module, "stage_name", None)
-        if stage != "rto":
-            raise UserError(
-                f"StopOnCollapse watches rollouts, and the {stage} stage has none; remove it from trainer.callbacks."
-            )
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Count the iteration. The figures are those of all ranks together, which thus stop together.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 if TYPE_CHECKING:
     from rto_lightning.memory import Change, MemoryPlan
@@ -41,7 +41,7 @@ class MemoryReport(Callback):
             workload = memory.workload_of(pl_module, data, precision, parallelism)
             plan = memory.plan_memory(workload, foreach=foreach)
             self.plan = plan if device.type == "cuda" else replace(plan, process=memory.resident_bytes())
-            available = memory.available_bytes(device)
+            available = memory.available_to_process(device, parallelism)
             if available is not None and self.plan.peak > available:
                 changes: list[Change] = []
                 with suppress(Exception):  # nor may proposals that fail keep the warning back

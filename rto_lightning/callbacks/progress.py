@@ -34,7 +34,7 @@ class PhaseProgressBar(TQDMProgressBar):
 
         Args:
             name: The phase that begins: `rollout`, `scoring` or `update`.
-            samples_per_second: Speed of the phase that has just ended, if it is known.
+            samples_per_second: Speed of the last iteration, if it is known.
         """
         self._phase = name
         if samples_per_second is not None:

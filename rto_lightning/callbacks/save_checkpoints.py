@@ -15,6 +15,7 @@ from rto_lightning.parallel import largest
 from rto_lightning.runs.checkpoint_files import STOPPED_EARLY, WholeCheckpointIO
 from rto_lightning.runs.files import PARTIAL, link_to, remove
 from rto_lightning.runs.folder import CHECKPOINTS, LAST, checkpoint_name, numbered_checkpoints, own_checkpoint
+from rto_lightning.runs.limits import limits_of
 from rto_lightning.runs.loops import put_between_batches
 from rto_lightning.runs.signals import queue_again, stop_signals
 
@@ -127,13 +128,13 @@ class SaveCheckpoints(Checkpoint):
             batches = trainer.fit_loop.epoch_loop
             checkpoint[_MARK] = batches._batches_that_stepped
             if self._ended and trainer.should_stop:
-                checkpoint[STOPPED_EARLY] = _limits(trainer)
+                checkpoint[STOPPED_EARLY] = limits_of(trainer)
             put_between_batches(checkpoint["loops"]["fit_loop"], self._ended, batches._num_ready_batches_reached())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes up where the checkpoint was saved."""
         self._batches_that_stepped = checkpoint.get(_MARK)
-        if checkpoint.get(STOPPED_EARLY) == _limits(trainer):
+        if checkpoint.get(STOPPED_EARLY) == limits_of(trainer):
             trainer.should_stop = True  # as a callback has decided, unless the run is made longer
 
     def _find_older(self, trainer: Trainer) -> None:
@@ -173,10 +174,6 @@ class SaveCheckpoints(Checkpoint):
             for other in outdated:
                 trainer.strategy.remove_checkpoint(other)
         trainer.strategy.barrier("SaveCheckpoints")
-
-
-def _limits(trainer: Trainer) -> list[int | None]:
-    return [trainer.max_steps, trainer.max_epochs]
 
 
 def write_whole_checkpoints(strategy: Strategy) -> None:

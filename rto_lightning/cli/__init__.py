@@ -1,17 +1,22 @@
-"""The `rto-lightning` command: `fit`, `validate`, `test`, `predict`, `plan`, `export` a stage; `pipeline` runs several.
+"""The `rto-lightning` command.
 
 This file decides which command is meant and how errors are shown. What needs Lightning and torch is imported
 only once it is needed, so that help, version and misspelled paths are answered at once.
 """
 
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 
 from rto_lightning.cli.config_errors import ConfigurationError
 from rto_lightning.cli.stage import STAGE_COMMANDS, run_stage
 from rto_lightning.errors import Stopped, UserError
 from rto_lightning.secrets import mask_output, mask_text
+
+OTHER_COMMANDS = ("plan", "pipeline", "export", "serve-reward", "rewards", "generate", "evaluate")
+"""Each is the `main` of the module of that name here."""
 
 USAGE = """\
 usage: rto-lightning COMMAND [options]
@@ -62,8 +67,9 @@ def main(args: Sequence[str] | None = None) -> int:
         _dispatch(arguments)
     except UserError as error:
         print(f"rto-lightning: error: {mask_text(str(error))}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigurationError) else 1
-    except Stopped as stop:
+        return error.exit_status
+    except (Stopped, KeyboardInterrupt) as error:
+        stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         print(f"rto-lightning: {mask_text(_how_to_go_on(stop, arguments))}", file=sys.stderr)
         return stop.exit_status
     return 0
@@ -74,9 +80,21 @@ def _how_to_go_on(stop: Stopped, arguments: Sequence[str]) -> str:
         return f"{stop} ended the {arguments[0]}."
     if stop.saved is None:
         return f"{stop} ended the run outside of its steps; the same command begins again or goes on."
-    resume = [] if arguments[0] == "pipeline" or "--ckpt_path" in arguments else ["--ckpt_path", "last"]
-    command = shlex.join(["rto-lightning", *arguments, *resume])
+    again = list(arguments)
+    if arguments[0] == "fit":
+        again = [*_without_checkpoint(arguments), "--ckpt_path", "last"]
+    command = shlex.join(["rto-lightning", *again])
     return f"{stop} ended the run after step {stop.step}, saved as {stop.saved}; go on with: {command}"
+
+
+def _without_checkpoint(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments without a checkpoint of another run that this one may have begun from."""
+    words = iter(arguments)
+    for word in words:
+        if word == "--ckpt_path":
+            next(words, None)
+        elif not word.startswith("--ckpt_path="):
+            yield word
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -87,38 +105,11 @@ def _dispatch(arguments: list[str]) -> None:
         from importlib.metadata import version
 
         print(f"rto-lightning {version('rto-lightning')}")
-    elif command == "pipeline":
-        from rto_lightning.cli.pipeline import main as pipeline_main
-
-        pipeline_main(arguments[1:])
-    elif command == "plan":
-        from rto_lightning.cli.plan import main as plan_main
-
-        plan_main(arguments[1:])
-    elif command == "export":
-        from rto_lightning.cli.export import main as export_main
-
-        export_main(arguments[1:])
-    elif command == "serve-reward":
-        from rto_lightning.cli.serve_reward import main as serve_reward_main
-
-        serve_reward_main(arguments[1:])
-    elif command == "rewards":
-        from rto_lightning.cli.rewards import main as rewards_main
-
-        rewards_main(arguments[1:])
-    elif command == "generate":
-        from rto_lightning.cli.generate import main as generate_main
-
-        generate_main(arguments[1:])
-    elif command == "evaluate":
-        from rto_lightning.cli.evaluate import main as evaluate_main
-
-        evaluate_main(arguments[1:])
     elif command in STAGE_COMMANDS:
         run_stage(arguments)
+    elif command in OTHER_COMMANDS:
+        module = import_module(f"rto_lightning.cli.{command.replace('-', '_')}")
+        module.main(arguments[1:])
     else:
-        known = ", ".join(
-            [*STAGE_COMMANDS, "plan", "pipeline", "export", "serve-reward", "rewards", "generate", "evaluate"]
-        )
+        known = ", ".join([*STAGE_COMMANDS, *OTHER_COMMANDS])
         raise ConfigurationError(f"unknown command `{command}`; choose one of {known} (--help explains them).")

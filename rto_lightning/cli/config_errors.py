@@ -32,9 +32,11 @@ _NOT_SUBCLASS = re.compile(
     r"(?:Import path |Expected ')(?P<path>[^\s']+)'? (?:does not correspond to|to be) a subclass of "
     r"(?:<class ')?(?P<base>\w+)"
 )
+_NO_HELP = re.compile(r"--(?P<key>[\w.]+)\.help: Expected a dot import path string: (?P<name>\w+)")
 _NO_SHORT_NAME = re.compile(r"Expected a dot import path string: (?P<name>\w+)")
 # Of a class that is not instantiated at once, such as an optimizer; its class path comes last.
 _FACTORY = re.compile(r"expects a function or a callable class: (?P<why>.*?)\.* Got value: (?P<value>.*)")
+_FACTORY_KEY = re.compile(r"expects a function or a callable class: (?=Parser key )")
 _CLASS_PATH = re.compile(r"class_path='(?P<path>[^']+)'")
 _LITERAL = re.compile(r"typing\.Literal\[(.*)\]")
 _NO_FILE = re.compile(r'Parser key "config": .*does not exist: \'?(?P<path>[^\']+)')
@@ -46,6 +48,8 @@ class ConfigurationError(UserError):
 
     The command ends with status 2, as it does for every mistake on a command line.
     """
+
+    exit_status = 2
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -118,6 +122,10 @@ def explain(message: str, config_files: Sequence[str] = (), accepted: Sequence[s
         return f"the configuration file {match['path']} does not exist; check the path after --config."
     if match := _REQUIRED.match(message):
         return _explain_required(match["keys"], config_files)
+    if match := _NO_HELP.match(message):
+        from rto_lightning.cli.short_names import explain_name  # imports torch
+
+        return f"--{match['key']}.help: {explain_name(match['key'], match['name'])}"
     branches = [branch for branch in _branches(message) if not _is_filler(branch.text)]
     if not branches:
         return _one_line(message)
@@ -147,7 +155,9 @@ def explain(message: str, config_files: Sequence[str] = (), accepted: Sequence[s
         return f"{where}`{key}` must be the name of a class or a mapping of `class_path` and `init_args`, not {given}."
     if match := _TYPE.search(branch.text):
         wanted = [_TYPE.search(other.text) for other in branches if other.keys == branch.keys]
-        types = _join_types([found["type"] for found in wanted if found is not None])
+        found = [other["type"] for other in wanted if other is not None]
+        # A name of a class is taken wherever an instance is; whoever mistypes a number means none.
+        types = _join_types([name for name in found if not name.startswith("dot import path")] or found)
         given = match["value"] or _given_value(message)
         return f"{where}`{key}` must be {types}" + (f", not {given}." if given else ".")
     if branch.text.startswith("Not a valid subclass of"):
@@ -166,6 +176,8 @@ def _branches(message: str) -> Iterator[_Branch]:
         indent = len(line) - len(line.lstrip())
         if text.startswith("- "):
             text, indent = text[2:], indent + 1
+        if match := _FACTORY_KEY.search(text):  # of a class as `_FACTORY` has it, told about one of its settings
+            text = text[match.end() :]
         while stack[-1].indent >= indent:
             stack.pop()
         top = stack[-1]
@@ -312,7 +324,7 @@ def _type_name(text: str) -> str:
 
 
 def _given_value(message: str) -> str:
-    match = re.search(r"Given value: (.*)", message)
+    match = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", message, re.MULTILINE)
     return match[1] if match and len(match[1]) < 80 else ""
 
 

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rto_lightning.cli.config_errors import CommandParser, ConfigurationError
+from rto_lightning.cli.command import add_model_options, make_folder, positive, run_command
+from rto_lightning.cli.config_errors import CommandParser
 from rto_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from rto_lightning.evaluation.judging import Judge
+    from rto_lightning.evaluation.kept_judgments import KeptJudgments
     from rto_lightning.evaluation.win_rates import ModelResult
+
+ANNOTATIONS, WIN_RATES = "annotations.json", "win_rates.json"
 
 _JUDGES = ("reward", "reward_function", "reward_url", "judge_url")
 
@@ -20,79 +24,103 @@ def main(args: Sequence[str]) -> None:
     """Runs `rto-lightning evaluate` with these arguments.
 
     Raises:
-        ConfigurationError: if answers do not fit together, with the ids of those at fault.
-        UserError: for every other mistake that the user can cure.
+        UserError: for every mistake that the user can cure; BenchmarkError if answers do not fit together.
     """
-    options = _parse(args)
-    from rto_lightning.cli.quiet import quiet_libraries, quiet_lightning
+    run_command(args, _parse, _evaluate)
 
-    quiet_libraries()
-    quiet_lightning()
+
+def _evaluate(options: argparse.Namespace) -> None:
     from rto_lightning.evaluation.annotations import read_annotations
-    from rto_lightning.evaluation.length_control import length_controlled
-    from rto_lightning.evaluation.questions import BenchmarkError
+    from rto_lightning.evaluation.length_control import check_length_control, length_controlled
     from rto_lightning.evaluation.table import results_table
 
-    try:
-        if options.annotations:
-            results = [result for path in options.annotations for result in read_annotations(path)]
-        else:
-            results = _compare(options)
-    except BenchmarkError as error:
-        raise ConfigurationError(str(error)) from error
-    # Judgments may have been dear, and what follows can fail.
-    if options.output is not None:
-        _write(options.output, results)
     if options.length_controlled:
-        results = [length_controlled(result) for result in results]
+        check_length_control()
+    if options.output is not None:
+        make_folder(options.output)
+    kept = None
+    if options.annotations:
+        results = [result for path in options.annotations for result in read_annotations(path)]
+    else:
+        results, kept = _compare(options)
+    try:
+        # Judgments may have been dear, and what follows can fail.
         if options.output is not None:
             _write(options.output, results)
-    print(results_table(results))
+        if kept is not None:
+            kept.remove()
+        if options.length_controlled:
+            results = [length_controlled(result) for result in results]
+            if options.output is not None:
+                _write(options.output, results)
+    finally:
+        print(results_table(results))
     if options.output is not None:
         print(f"written: {options.output}")
 
 
-def _compare(options: argparse.Namespace) -> "list[ModelResult]":
+def _compare(options: argparse.Namespace) -> "tuple[list[ModelResult], KeptJudgments | None]":
+    """The results of all models, and the judgments of a chat model as they were kept on the way."""
     from rto_lightning.evaluation.answers import match_answers, read_answers
+    from rto_lightning.evaluation.length_control import check_instructions
     from rto_lightning.evaluation.questions import read_questions
     from rto_lightning.evaluation.win_rates import model_result
 
     questions = None if options.questions is None else read_questions(options.questions)
     baseline = read_answers(options.baseline)
     models = match_answers(baseline, [read_answers(path) for path in options.answers], questions)
-    judge = _judge(options)
-    return [
+    if options.length_controlled:
+        for model, comparisons in models.items():
+            check_instructions(model, len(comparisons))
+    judge, kept = _chat_judge(options) if options.judge_url is not None else (_score_judge(options), None)
+    results = [
         model_result(model, baseline.model, judge.name, comparisons, judge.judge(comparisons))
         for model, comparisons in models.items()
     ]
+    return results, kept
 
 
-def _judge(options: argparse.Namespace) -> "Judge":
-    from rto_lightning.cli.export import load_stage_module
+def _chat_judge(options: argparse.Namespace) -> "tuple[Judge, KeptJudgments]":
     from rto_lightning.evaluation.chat_judge import ChatJudge, ChatJudgeSettings
-    from rto_lightning.evaluation.judging import ScoreJudge
-    from rto_lightning.evaluation.scorers import function_scorer, reward_scorer, service_scorer
-    from rto_lightning.rewards import RewardServiceSettings
+    from rto_lightning.evaluation.kept_judgments import KeptJudgments
 
-    if options.judge_url is not None:
-        settings = ChatJudgeSettings(
-            options.judge_url,
-            options.judge_model,
-            options.judge_prompt,
-            options.key_variable,
-            options.concurrency,
-            options.attempts,
-        )
-        return ChatJudge(settings)
-    if options.reward_function is not None:
-        return ScoreJudge(options.reward_function, function_scorer(options.reward_function))
-    if options.reward_url is not None:
-        service = RewardServiceSettings(concurrency=options.concurrency, token_variable=options.key_variable)
-        return ScoreJudge(options.reward_url, service_scorer([options.reward_url], options.tokenizer, service))
-    scorer = reward_scorer(
-        options.reward, load_stage_module, options.dtype, options.base_model, options.device, options.batch_size
+    settings = ChatJudgeSettings(
+        options.judge_url,
+        options.judge_model,
+        options.judge_prompt,
+        options.key_variable,
+        options.concurrency,
+        options.attempts,
     )
-    return ScoreJudge(options.reward, scorer)
+    kept = KeptJudgments(options.output / ANNOTATIONS, settings.identity)
+    return ChatJudge(settings, kept), kept
+
+
+def _score_judge(options: argparse.Namespace) -> "Judge":
+
+    from rto_lightning.backbone.loading import load_chat_tokenizer_from
+    from rto_lightning.backbone.settings import DTYPES
+    from rto_lightning.cli.models import load_reward_role, move
+    from rto_lightning.evaluation import scorers
+    from rto_lightning.evaluation.judging import ScoreJudge
+    from rto_lightning.rewards import OutsideRewardModel, RewardServiceSettings
+    from rto_lightning.rewards.remote import token_of
+    from rto_lightning.saved.models import is_whole_model
+
+    if options.reward_function is not None:
+        return ScoreJudge(options.reward_function, scorers.function_scorer(options.reward_function))
+    if options.reward_url is not None:
+        if options.key_variable is not None:
+            token_of(options.key_variable, "--key_variable")
+        service = RewardServiceSettings(concurrency=options.concurrency, token_variable=options.key_variable)
+        scorer = scorers.service_scorer([options.reward_url], options.tokenizer, service)
+        return ScoreJudge(options.reward_url, scorer)
+    if not is_whole_model(options.reward):
+        return ScoreJudge(options.reward, scorers.role_scorer(load_reward_role(options.reward, options)))
+    chat = load_chat_tokenizer_from(options.reward)
+    outside = OutsideRewardModel(options.reward, chat, DTYPES["float32"])
+    move(outside, options.device)
+    return ScoreJudge(options.reward, scorers.outside_scorer(outside, options.batch_size))
 
 
 def _write(folder: Path, results: "Sequence[ModelResult]") -> None:
@@ -100,11 +128,11 @@ def _write(folder: Path, results: "Sequence[ModelResult]") -> None:
     from rto_lightning.evaluation.figure import save_figure
     from rto_lightning.runs.files import written_whole
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / "win_rates.json", "w", encoding="utf-8") as file:
-        json.dump([result.summary() for result in results], file, ensure_ascii=False, indent=2)
-    write_annotations(folder / "annotations.json", results)
+    write_annotations(folder / ANNOTATIONS, results)
     save_figure(folder / "win_rates.png", results)
+    # Last, since a folder that has it is complete.
+    with written_whole(folder / WIN_RATES, "w", encoding="utf-8") as file:
+        json.dump([result.summary() for result in results], file, ensure_ascii=False, indent=2)
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
@@ -130,7 +158,9 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     judges.add_argument("--reward", metavar="FROM", help="reward role of a run, or outside reward model")
     judges.add_argument("--reward_function", metavar="MODULE:FUNCTION", help="gives prompts and answers scores")
     judges.add_argument("--reward_url", metavar="URL", help="HTTP reward service; needs --tokenizer")
-    judges.add_argument("--judge_url", metavar="URL", help="OpenAI-compatible interface; needs --judge_model")
+    judges.add_argument(
+        "--judge_url", metavar="URL", help="OpenAI-compatible interface; needs --judge_model and --output"
+    )
     judges.add_argument("--annotations", nargs="+", metavar="FILE", help="judged before: AlpacaEval's annotations.json")
     details = parser.add_argument_group("how it judges")
     details.add_argument("--tokenizer", metavar="NAME", help="model whose chat template a reward service understands")
@@ -139,14 +169,9 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         "--judge_prompt", choices=("alpaca_eval", "arena_hard"), default="alpaca_eval", help="(alpaca_eval)"
     )
     details.add_argument("--key_variable", metavar="NAME", help="environment variable with the key of an interface")
-    details.add_argument("--concurrency", type=_positive, default=8, help="requests at a time (8)")
-    details.add_argument("--attempts", type=_positive, default=3, help="how often a judge is asked for a verdict (3)")
-    details.add_argument("--batch_size", type=_positive, default=16, help="answers for each forward (16)")
-    details.add_argument("--device", help="such as cpu or cuda:1 (cuda if there is one)")
-    details.add_argument(
-        "--dtype", choices=("float32", "auto"), default="float32", help="of frozen weights (float32); auto is as stored"
-    )
-    details.add_argument("--base_model", metavar="NAME", help="base model of an adapter, if it is elsewhere by now")
+    details.add_argument("--concurrency", type=positive, default=8, help="requests at a time (8)")
+    details.add_argument("--attempts", type=positive, default=3, help="how often a judge is asked for a verdict (3)")
+    add_model_options(details, "answers for each forward")
     options = parser.parse_args(args)
     _check(parser, options)
     return options
@@ -165,12 +190,9 @@ def _check(parser: CommandParser, options: argparse.Namespace) -> None:
     for name, needed in (("reward_url", "tokenizer"), ("judge_url", "judge_model")):
         if getattr(options, name) is not None and getattr(options, needed) is None:
             parser.error(f"--{name} needs --{needed}")
-    if options.output is not None and (options.output / "win_rates.json").exists():
+    if options.reward_url is not None and not options.reward_url.startswith(("http://", "https://")):
+        parser.error("--reward_url is no HTTP address; write http://HOST:PORT/PATH")
+    if options.judge_url is not None and options.output is None:
+        parser.error("--judge_url needs --output, where the judgments are kept as they come")
+    if options.output is not None and (options.output / WIN_RATES).exists():
         raise UserError(f"{options.output} holds win rates already; choose another --output.")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number

@@ -1,18 +1,13 @@
 """`rto-lightning export`: a trained role as a folder that PEFT, transformers and vLLM load."""
 
-import argparse
 import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rto_lightning.cli.config_errors import CommandParser, explain
-from rto_lightning.errors import UserError
+from rto_lightning.cli.command import run_command
+from rto_lightning.cli.config_errors import CommandParser
 from rto_lightning.export import DTYPES, ROLES, ExportSettings
-
-if TYPE_CHECKING:
-    from rto_lightning.modules import StageModule
 
 _SIZE = re.compile(r"\d+(\.\d+)?(KB|MB|GB|TB)")
 _KINDS = {
@@ -28,11 +23,11 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: for every mistake that the user can cure.
     """
-    settings = _parse(args)
-    from rto_lightning.cli.quiet import quiet_libraries, quiet_lightning
+    run_command(args, _parse, _export)
 
-    quiet_libraries()
-    quiet_lightning()
+
+def _export(settings: ExportSettings) -> None:
+    from rto_lightning.cli.opening import load_stage_module
     from rto_lightning.export.export import export_role
 
     exported = export_role(settings, partial(load_stage_module, trusted=settings.trust_remote_code))
@@ -42,43 +37,6 @@ def main(args: Sequence[str]) -> None:
         print(f"scores are lower than the role's by {exported.missing_bias:.6g}: the class has no place for the bias")
     if settings.push_to_hub is not None:
         print(f"uploaded to {settings.push_to_hub}")
-
-
-def load_stage_module(config: Path, trusted: bool = False) -> "StageModule":
-    """The stage of a `config.yaml`, without data and trainer, before its weights are loaded.
-
-    Args:
-        config: the file.
-        trusted: whether to import what it names, whatever it is.
-
-    Raises:
-        UserError: if this version does not take its settings, if a role that they name is not there, or if they name
-            classes of other programs and are not trusted.
-    """
-    from jsonargparse import set_parsing_settings
-    from lightning.pytorch.cli import LightningArgumentParser
-
-    from rto_lightning.cli.lightning_cli import stage_module_class
-    from rto_lightning.cli.short_names import know_optimizers
-    from rto_lightning.export.source import check_code, read_config
-
-    know_optimizers()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(stage_module_class(), "model", subclass_mode=True)
-    try:
-        settings = read_config(config)["model"]
-        if not trusted:
-            check_code(settings, config)
-        module: StageModule = parser.instantiate(parser.parse_object({"model": settings})).model
-    except argparse.ArgumentError as error:
-        raise UserError(f"the settings in {config} do not fit this version: {explain(str(error))}") from error
-    except ValueError as error:  # around the error of a stage, the parser says which class it was
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        raise cause or error from None
-    return module
 
 
 def _parse(args: Sequence[str]) -> ExportSettings:

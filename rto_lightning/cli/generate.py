@@ -1,14 +1,13 @@
 """`rto-lightning generate`: the answers of a model to the questions of AlpacaEval 2 or Arena-Hard."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rto_lightning.cli.config_errors import CommandParser, ConfigurationError
-from rto_lightning.errors import Stopped
+from rto_lightning.cli.command import add_model_options, make_folder, positive, run_command
+from rto_lightning.cli.config_errors import CommandParser
 
 if TYPE_CHECKING:
     from rto_lightning.rollout import RolloutSettings
@@ -20,15 +19,13 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: for every mistake that the user can cure.
     """
-    options = _parse(args)
-    from rto_lightning.cli.quiet import quiet_libraries, quiet_lightning
+    run_command(args, _parse, _generate)
 
-    quiet_libraries()
-    quiet_lightning()
-    from rto_lightning.cli.export import load_stage_module
-    from rto_lightning.evaluation.generation import GenerationSettings, generate
-    from rto_lightning.evaluation.opening import open_policy
-    from rto_lightning.evaluation.questions import BenchmarkError, read_questions
+
+def _generate(options: argparse.Namespace) -> None:
+    from rto_lightning.cli.models import load_policy
+    from rto_lightning.evaluation.generation import GenerationSettings, generate, new_answer_file
+    from rto_lightning.evaluation.questions import listed, read_questions
 
     settings = GenerationSettings(
         options.name, options.output, options.temperature, options.max_new_tokens, options.batch_size, options.seed
@@ -36,21 +33,20 @@ def main(args: Sequence[str]) -> None:
     rollout = _rollout(options)
     try:
         questions = read_questions(options.questions, options.max_rows)
-    except BenchmarkError as error:
-        raise ConfigurationError(str(error)) from error
-    backbone, role = open_policy(options.source, load_stage_module, options.dtype, options.base_model, options.device)
-    try:
-        generation = generate(backbone, role, questions, settings, rollout)
+        make_folder(new_answer_file(settings, questions.format).parent)
+        generation = generate(*load_policy(options), questions, settings, rollout)
     except KeyboardInterrupt:
         print("answers so far are kept; the same command goes on with the others", file=sys.stderr)
-        raise Stopped(signal.SIGINT) from None
-    print(f"{generation.path}: {len(generation.answers)} answers of {options.name}, {generation.resumed} from before")
+        raise
+    before = f", {generation.resumed} of them from before" if generation.resumed else ""
+    print(f"{generation.path}: {len(generation.answers)} answers of {options.name}{before}")
     truncated = sum(answer.truncated for answer in generation.answers)
-    empty = sum(not answer.text.strip() for answer in generation.answers)
+    pairs = zip(questions.rows, generation.answers, strict=True)
+    empty = [question.id for question, answer in pairs if not answer.text.strip()]
     if truncated:
         print(f"{truncated} answers were cut off at {options.max_new_tokens} tokens")
     if empty:
-        print(f"{empty} answers are empty")
+        print(f"{len(empty)} answers are empty, which evaluate refuses: to {listed(empty)}")
 
 
 def _rollout(options: argparse.Namespace) -> "RolloutSettings":
@@ -90,22 +86,10 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         help="gets model_outputs.json (AlpacaEval) or model_answer/NAME.jsonl (Arena-Hard)",
     )
     parser.add_argument("--temperature", type=float, help="0 is greedy (0.7 for AlpacaEval, 0 for Arena-Hard)")
-    parser.add_argument("--max_new_tokens", type=_positive, default=4096, help="length limit of an answer (4096)")
-    parser.add_argument("--max_rows", type=_positive, metavar="N", help="only the first N questions")
+    parser.add_argument("--max_new_tokens", type=positive, default=4096, help="length limit of an answer (4096)")
+    parser.add_argument("--max_rows", type=positive, metavar="N", help="only the first N questions")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled answers (0)")
-    parser.add_argument("--batch_size", type=_positive, default=16, help="answers at a time (16)")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="(transformers)")
     parser.add_argument("--gpu_memory_utilization", type=float, help="share of the device's memory for vLLM (0.45)")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (cuda if there is one)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "auto"), default="float32", help="of frozen weights (float32); auto is as stored"
-    )
-    parser.add_argument("--base_model", metavar="NAME", help="base model of an adapter, if it is elsewhere by now")
+    add_model_options(parser, "answers at a time")
     return parser.parse_args(args)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number

@@ -1,18 +1,4 @@
-"""LightningCLI as this project uses it: one stage, one folder, one sentence for each mistake.
-
-The folder of a stage is `trainer.default_root_dir`. It receives
-
-    config.yaml         every setting of the run, ready for `rto-lightning fit --config`
-    checkpoints/        what `--ckpt_path last` goes on from
-    tensorboard/<run>/  events for `tensorboard --logdir`
-    metrics/<run>/      the same figures as metrics.csv
-    role/               the trained role, once training has ended
-    memory.json         the peak memory that was planned, and what `fit` took
-    predictions.jsonl   the answers of `predict`
-
-where <run> is `fit`, or `fit-2` if an earlier run ended before its first step; likewise for the other commands. A run
-that goes on keeps its config.yaml and adds to its own tensorboard/ and metrics/.
-"""
+"""LightningCLI as this project uses it: one stage, one folder, one sentence for each mistake."""
 
 import argparse
 import importlib
@@ -26,39 +12,34 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rto_lightning.callbacks import MemoryReport, PhaseProgressBar, SaveCheckpoints, SaveRole, WritePredictions
 from rto_lightning.cli.config_errors import ConfigurationError, explain
+from rto_lightning.cli.nested_null import null_as_object
 from rto_lightning.cli.quiet import quiet_libraries, quiet_lightning
+from rto_lightning.cli.run_files import SaveRunConfig, with_default_loggers
 from rto_lightning.cli.short_names import know_optimizers
-from rto_lightning.errors import Stopped, UserError
+from rto_lightning.errors import Stopped, UserError, user_error_within
 from rto_lightning.runs.checkpoint_files import progress_of
 from rto_lightning.runs.folder import (
     CHECKPOINTS,
+    MEMORY_FILE,
+    PREDICTIONS_FILE,
+    ROLE_FOLDER,
     check_same_settings,
     checkpoint_to_resume,
     config_files,
     last_checkpoint,
     own_checkpoint,
 )
-from rto_lightning.runs.metrics_file import MetricsFileLogger
+from rto_lightning.runs.limits import limits_of_settings
 from rto_lightning.runs.signals import StopSignals
 from rto_lightning.secrets import check_not_masked, mask_yaml
 
-ROLE_FOLDER = "role"
-"""Name of the trained role inside a stage's folder."""
-
-PREDICTIONS_FILE = "predictions.jsonl"
-"""Name of the answers that `predict` writes into a stage's folder."""
-
-MEMORY_FILE = "memory.json"
-"""Name of the planned and measured peak memory in a stage's folder."""
-
-_KEYWORD_CHECKPOINTS = ("best", "last", "registry")
+_KEYWORD_CHECKPOINTS = ("last", "registry")
 
 
 def stage_module_class() -> type[LightningModule]:
@@ -71,22 +52,6 @@ def stage_module_class() -> type[LightningModule]:
 
 class AlreadyFinished(Exception):
     """The run that is to go on has ended before."""
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the settings into the stage's folder as the newest file there; earlier, different ones are kept."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes `config.yaml` (`config-test.yaml` and so on for the commands that do not train)."""
-        text = mask_yaml(self.parser.dump(self.config, skip_unset=False))
-        command = str(getattr(stage, "value", stage))
-        stem = "config" if command == "fit" else f"config-{command}"
-        directory = Path(trainer.default_root_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        files = config_files(directory, stem)
-        if not files or files[-1].read_text(encoding="utf-8") != text:
-            name = f"{stem}-{len(files) + 1}.yaml" if files else f"{stem}.yaml"
-            (directory / name).write_text(text, encoding="utf-8")
 
 
 class RTOCLI(LightningCLI):
@@ -122,7 +87,7 @@ class RTOCLI(LightningCLI):
                 "exit_on_error": False,
                 **quiet_parsers,
             },
-            args=list(args),
+            args=null_as_object(args),
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -175,7 +140,8 @@ class RTOCLI(LightningCLI):
                 check_same_settings(root, self._settings_as_yaml())
             if config_files(root):
                 self.save_config_callback = None
-            if role.exists() and progress.has_reached(trainer.max_steps, trainer.max_epochs):
+            limits = limits_of_settings(trainer.max_steps, trainer.max_epochs, trainer.max_time)
+            if role.exists() and progress.has_reached(limits):
                 raise AlreadyFinished(f"{root} is finished: its role is {role}")
             if trainer.overfit_batches:
                 raise UserError(
@@ -207,12 +173,9 @@ class RTOCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
+            if (told := user_error_within(error)) is None:
                 raise
-            raise cause from None
+            raise told from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer; loggers, checkpoints and progress bar are ours where the user names none.
@@ -222,8 +185,9 @@ class RTOCLI(LightningCLI):
         """
         settings = self.config_init[self.subcommand].trainer
         root = Path(settings.default_root_dir)
-        if (settings.logger is None or settings.logger is True) and not settings.barebones:
-            kwargs["logger"] = default_loggers(root, str(self.subcommand), self.resumed_steps)
+        if settings.logger is not False and not settings.barebones:
+            named = [] if settings.logger is True else _as_list(settings.logger)
+            kwargs["logger"] = with_default_loggers(named, root, str(self.subcommand), self.resumed_steps)
         kwargs["callbacks"] = [*_as_list(settings.callbacks), *self._default_callbacks(settings, root)]
         # Late, as it imports the models' libraries.
         from rto_lightning.strategies import check_checkpoint, check_processes, resolve_strategy
@@ -239,7 +203,7 @@ class RTOCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            with StopSignals():
+            with StopSignals(self.trainer.world_size):
                 super()._run_subcommand(subcommand)
         except BaseException as error:
             # Processes that Lightning has started wait for this one, where only this signal is heard.
@@ -290,24 +254,17 @@ class PipelineStageCLI(RTOCLI):
         return trainer
 
 
-def default_loggers(root: Path, command: str, resumed_steps: int | None = None) -> list[Logger]:
-    """TensorBoard and CSV loggers below a stage's folder: in new folders, or in those of the run that goes on.
+class ParsingCLI(RTOCLI):
+    """Reads the settings of a stage, and builds nothing."""
 
-    Args:
-        root: The stage's folder.
-        command: `fit` or another.
-        resumed_steps: Optimizer steps before the checkpoint to go on from; None in a new run.
-    """
-    number, run = 1, command
-    while any((root / kind / run).exists() for kind in ("tensorboard", "metrics")):
-        last, number = run, number + 1
-        run = f"{command}-{number}"
-    if resumed_steps is not None and number > 1:
-        run = last
-    return [
-        TensorBoardLogger(save_dir=root / "tensorboard", name="", version=run, purge_step=resumed_steps),
-        MetricsFileLogger(root / "metrics", run, resumed_steps),
-    ]
+    def before_instantiate_classes(self) -> None:
+        """Settle nothing: no run begins or goes on."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def run(args: Sequence[str], config_files: Sequence[str], cli: type[RTOCLI] = RTOCLI) -> RTOCLI:
@@ -354,4 +311,4 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).removesuffix(".") + "."
+    return " ".join(str(error).split()).rstrip(".!") + "."

@@ -14,8 +14,11 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,16 @@ from rto_lightning.cli.pipeline_settings import (
     PipelineSettings,
     StageSettings,
     load_pipeline,
+    overlay_stages,
     override_arguments,
 )
-from rto_lightning.cli.stage import run_stage
+from rto_lightning.cli.stage import check_stage, run_stage
 from rto_lightning.errors import UserError
-from rto_lightning.runs.folder import last_checkpoint
+from rto_lightning.runs.folder import ROLE_FOLDER, last_checkpoint
+
+REPORT_FILE = "report.html"
+"""Name of the report in the folder of all stages."""
+DONE_NOW, DONE_BEFORE = "done now", "done before"
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class StageResult:
     name: str
     seconds: float
     state: str
-    """`done now` or `done before`."""
+    """`DONE_NOW` or `DONE_BEFORE`."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -61,13 +69,21 @@ def main(args: Sequence[str]) -> None:
         metavar="STAGE.KEY=VALUE",
         help="arguments of stages, e.g. --set dpo.trainer.max_steps=20 rto.data.batch_size=8",
     )
+    parser.add_argument(
+        "--overlay",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="FILE.yaml",
+        help="configurations on top of those of every stage that is trained, such as configs/precision/qlora_nf4.yaml",
+    )
     options = parser.parse_args(args)
     settings = load_pipeline(options.config)
     if options.output_dir is not None:
         settings = dataclasses.replace(settings, output_dir=options.output_dir)
     if options.seed is not None:
         settings = dataclasses.replace(settings, seed=options.seed)
-    settings = override_arguments(settings, options.set)
+    settings = overlay_stages(override_arguments(settings, options.set), options.overlay)
     run_pipeline(settings, options.config)
 
 
@@ -82,11 +98,16 @@ def run_pipeline(settings: PipelineSettings, path: str | Path) -> list[StageResu
         A line for each stage.
 
     Raises:
-        UserError: If a finished stage was made from other inputs, or a stage fails by the user's mistake.
+        UserError: If a finished stage was made from other inputs, or a stage fails by the user's mistake; before any
+            stage runs, if the settings of one are none that it takes.
     """
     output_dir = Path(settings.output_dir).resolve()
     base = Path(path).parent
     records = finished_stages(settings, output_dir, base)
+    for stage in settings.stages:
+        if stage.name not in records:
+            with _naming(stage):
+                _check(stage, settings, output_dir, base)
     output_dir.mkdir(parents=True, exist_ok=True)
     results: list[StageResult] = []
     for number, stage in enumerate(settings.stages, start=1):
@@ -94,11 +115,9 @@ def run_pipeline(settings: PipelineSettings, path: str | Path) -> list[StageResu
         if stage.name in records:
             seconds = records[stage.name]["seconds"]
             print(f"{title}: done before ({seconds:.0f} s), skipped", flush=True)
-            results.append(StageResult(stage.name, seconds, "done before"))
+            results.append(StageResult(stage.name, seconds, DONE_BEFORE))
             continue
-        what = (
-            f"run {stage.run}" if stage.fit is None else " ".join(["fit", *(str(base / file) for file in stage.files)])
-        )
+        what = f"run {stage.run}" if stage.fit is None else f"fit {' '.join(str(base / file) for file in stage.files)}"
         folder = output_dir / stage.name
         inputs = stage_inputs(stage, settings.seed, base, records)
         goes_on = stage.fit is not None and can_go_on(folder, inputs)
@@ -111,17 +130,36 @@ def run_pipeline(settings: PipelineSettings, path: str | Path) -> list[StageResu
         if stage.fit is not None:
             write_begun(folder, inputs)
         started = time.monotonic()
-        try:
+        with _naming(stage):
             _run(stage, settings, output_dir, base)
-        except UserError as error:
-            kind = ConfigurationError if isinstance(error, ConfigurationError) else UserError
-            raise kind(f"stage {stage.name}: {error}") from error
         seconds = time.monotonic() - started
         records[stage.name] = write_done(folder, inputs, seconds)
-        results.append(StageResult(stage.name, seconds, "done now"))
+        results.append(StageResult(stage.name, seconds, DONE_NOW))
         _free_memory()
     print(format_results(results), flush=True)
+    report = output_dir / REPORT_FILE
+    if not report.exists() or any(result.state == DONE_NOW for result in results):
+        _report(report, settings, path, results)
+    print(f"report: {report}", flush=True)
     return results
+
+
+def _report(report: Path, settings: PipelineSettings, path: str | Path, results: Sequence[StageResult]) -> None:
+    """Writes the page on what the stages have come to."""
+    from rto_lightning.report import ReportedStage, write_report
+
+    stages = [
+        ReportedStage(stage.name, stage.description, result.seconds, report.parent / stage.name)
+        for stage, result in zip(settings.stages, results, strict=True)
+    ]
+    facts = {
+        "pipeline": Path(path).name,
+        "seed": str(settings.seed),
+        "finished": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "stages": f"{len(results)}, {sum(result.seconds for result in results):.0f} s",
+        "rto-lightning": version("rto-lightning"),
+    }
+    write_report(report, f"Report of {report.parent.name}", facts, stages)
 
 
 def format_results(results: Sequence[StageResult]) -> str:
@@ -129,7 +167,7 @@ def format_results(results: Sequence[StageResult]) -> str:
     width = max(len("stage"), *(len(result.name) for result in results))
     lines = ["", f"{'stage':<{width}}  seconds  state"]
     lines += [f"{result.name:<{width}}  {result.seconds:7.1f}  {result.state}" for result in results]
-    now = sum(result.seconds for result in results if result.state == "done now")
+    now = sum(result.seconds for result in results if result.state == DONE_NOW)
     return "\n".join([*lines, f"{'now':<{width}}  {now:7.1f}"])
 
 
@@ -142,25 +180,52 @@ def _move_aside(folder: Path) -> Path | None:
     return folder.rename(target)
 
 
+@contextmanager
+def _naming(stage: StageSettings) -> Iterator[None]:
+    """Says of an error which stage it is of."""
+    try:
+        yield
+    except UserError as error:
+        told = UserError(f"stage {stage.name}: {error}")
+        told.exit_status = error.exit_status
+        raise told from error
+
+
+def _arguments(stage: StageSettings, settings: PipelineSettings, output_dir: Path) -> dict[str, Any]:
+    """Those of a stage, with the folders of the others in the place of their names."""
+    folders = {other.name: str(output_dir / other.name) for other in settings.stages}
+    return {key: _fill(value, folders) for key, value in stage.arguments.items()}
+
+
+def _options(stage: StageSettings, settings: PipelineSettings, output_dir: Path, base: Path) -> list[str]:
+    """What follows `rto-lightning` on a command line that trains the stage."""
+    options = [f"--{key}={_as_option(value)}" for key, value in _arguments(stage, settings, output_dir).items()]
+    fixed = [f"--trainer.default_root_dir={output_dir / stage.name}", f"--seed_everything={settings.seed}"]
+    return ["fit", *(f"--config={base / file}" for file in stage.files), *fixed, *options]
+
+
+def _check(stage: StageSettings, settings: PipelineSettings, output_dir: Path, base: Path) -> None:
+    """Raise a ConfigurationError for settings that the stage does not take."""
+    if stage.run is not None:
+        _parsed(stage.run, _arguments(stage, settings, output_dir))
+    else:
+        check_stage(_options(stage, settings, output_dir, base))
+
+
 def _run(stage: StageSettings, settings: PipelineSettings, output_dir: Path, base: Path) -> None:
     folder = output_dir / stage.name
-    folders = {other.name: str(output_dir / other.name) for other in settings.stages}
-    arguments = {key: _fill(value, folders) for key, value in stage.arguments.items()}
-    if stage.fit is None:
-        assert stage.run is not None
-        _call(stage.run, folder, settings.seed, arguments)
+    if stage.run is not None:
+        function, arguments = _parsed(stage.run, _arguments(stage, settings, output_dir))
+        function(output_dir=folder, seed=settings.seed, **arguments)
         return
-    options = [f"--{key}={_as_option(value)}" for key, value in arguments.items()]
-    fixed = [f"--trainer.default_root_dir={folder}", f"--seed_everything={settings.seed}"]
-    configs = [f"--config={base / file}" for file in stage.files]
     resume = [] if last_checkpoint(folder) is None else ["--ckpt_path=last"]
-    run_stage(["fit", *configs, *fixed, *options, *resume], of_pipeline=True)
-    if not (folder / "role").is_dir():
-        raise UserError(f"training ended without a role in {folder / 'role'}; see its log for the reason.")
+    run_stage([*_options(stage, settings, output_dir, base), *resume], of_pipeline=True)
+    if not (folder / ROLE_FOLDER).is_dir():
+        raise UserError(f"training ended without a role in {folder / ROLE_FOLDER}; see its log for the reason.")
 
 
-def _call(target: str, folder: Path, seed: int, arguments: Mapping[str, Any]) -> None:
-    """Calls `module:function` with arguments checked against, and converted to, its annotations."""
+def _parsed(target: str, arguments: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """`module:function` and its arguments, checked against, and converted to, its annotations."""
     from jsonargparse import ArgumentParser
 
     function = _import_function(target)
@@ -178,7 +243,7 @@ def _call(target: str, folder: Path, seed: int, arguments: Mapping[str, Any]) ->
     except argparse.ArgumentError as error:
         accepted = list(parser.get_defaults(skip_validation=True).keys())
         raise ConfigurationError(f"arguments of {target}: {explain(str(error), (), accepted)}") from error
-    function(output_dir=folder, seed=seed, **parsed.as_dict())
+    return function, parsed.as_dict()
 
 
 def _import_function(target: str) -> Any:

@@ -54,7 +54,8 @@ def stage_inputs(
         record = records.get(name)
         named[name] = None if record is None else f"{record['hash']} of {record['finished']}"
     inputs = {"config": config, "run": stage.run, "arguments": stage.arguments, "seed": seed, "stages": named}
-    return mask_settings(json.loads(json.dumps(inputs, default=str)))
+    masked: dict[str, Any] = mask_settings(json.loads(json.dumps(inputs, default=str)))
+    return masked
 
 
 def _hash(inputs: Mapping[str, Any]) -> str:
@@ -85,7 +86,7 @@ def _read_done(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         _ = record["hash"], record["inputs"]["stages"], record["seconds"], record["finished"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no record of a finished stage; remove {folder} to make it again.") from error
@@ -93,6 +94,7 @@ def _read_done(folder: Path) -> dict[str, Any] | None:
 
 
 def write_done(folder: Path, inputs: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Record that a stage is done, from which inputs and in how many seconds; returns the record."""
     finished = datetime.now(UTC).isoformat(timespec="microseconds")
     record = {"hash": _hash(inputs), "inputs": inputs, "seconds": round(seconds, 1), "finished": finished}
     with written_whole(folder / DONE_FILE, "w", encoding="utf-8") as file:
@@ -102,6 +104,7 @@ def write_done(folder: Path, inputs: dict[str, Any], seconds: float) -> dict[str
 
 
 def write_begun(folder: Path, inputs: dict[str, Any]) -> None:
+    """Record that a stage has begun, and from which inputs."""
     with written_whole(folder / BEGUN_FILE, "w", encoding="utf-8") as file:
         file.write(json.dumps({"hash": _hash(inputs)}) + "\n")
 

@@ -50,6 +50,11 @@ class StageSettings:
         """The configurations of `fit`, in their order; none for `run`."""
         return [self.fit] if isinstance(self.fit, str) else list(self.fit or [])
 
+    @property
+    def description(self) -> str:
+        """What it does, as it stands in the pipeline file."""
+        return f"run {self.run}" if self.fit is None else f"fit {' '.join(self.files)}"
+
     def named_stages(self) -> list[str]:
         """The stages that the arguments name, in order of appearance."""
         return list(dict.fromkeys(PLACEHOLDER.findall(json.dumps(self.arguments, default=str))))
@@ -75,6 +80,8 @@ def load_pipeline(path: str | Path) -> PipelineSettings:
     """
     check_config_files([str(path)])
     content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    if "model" in content and "stages" not in content:
+        raise ConfigurationError(f"{path} is of one stage; run it by `rto-lightning fit --config {path}`.")
     _check_keys(content, PipelineSettings, f"{path}: ")
     entries = content.pop("stages")
     if not entries:
@@ -117,6 +124,21 @@ def override_arguments(settings: PipelineSettings, overrides: Sequence[str]) -> 
     for position, stage in enumerate(stages.values()):
         _check_named_stages(stage, list(stages)[:position], f"--set: stage {stage.name}")
     return dataclasses.replace(settings, stages=tuple(stages.values()))
+
+
+def overlay_stages(settings: PipelineSettings, files: Sequence[str]) -> PipelineSettings:
+    """Puts configurations, relative to the working directory, on top of those of every stage that is trained.
+
+    Raises:
+        ConfigurationError: If one is missing or is not YAML.
+    """
+    check_config_files(files)
+    over = [str(Path(file).resolve()) for file in files]
+    stages = (
+        stage if stage.fit is None else dataclasses.replace(stage, fit=[*stage.files, *over])
+        for stage in settings.stages
+    )
+    return dataclasses.replace(settings, stages=tuple(stages)) if over else settings
 
 
 def _check_keys(content: Mapping[str, Any], settings: type, where: str) -> None:
@@ -168,7 +190,7 @@ def _check_named_stages(stage: StageSettings, earlier: Sequence[str], where: str
                 raise ConfigurationError(f"{where}: `{key}` names {{{name}}}, no earlier stage (earlier: {known}).")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no annotations
     """YAML in which `1e-4` is a number, as in the stages' configurations (PyYAML wants `1.0e-4`)."""
 
 

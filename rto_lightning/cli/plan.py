@@ -7,19 +7,25 @@ is that of one, with what it communicates and computes.
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
 
-from rto_lightning.cli.config_errors import ConfigurationError, check_config_files
-from rto_lightning.cli.lightning_cli import RTOCLI, run
-from rto_lightning.cli.stage import given_config_files
-from rto_lightning.errors import MissingInputError, UserError
+from rto_lightning.backbone.model_files import ADAPTER_CONFIG
+from rto_lightning.cli.config_errors import ConfigurationError
+from rto_lightning.cli.lightning_cli import run
+from rto_lightning.cli.opening import ReadingCLI
+from rto_lightning.cli.stage import checked_config_files
+from rto_lightning.errors import MissingInputError, UserError, first_line
+
+if TYPE_CHECKING:
+    from rto_lightning.memory import CostPlan, MemoryPlan
+    from rto_lightning.memory.workload import Workload
 
 DEFAULT_BANDWIDTH = 50.0
 """GB/s: a link of 400 Gbit a GPU between nodes."""
@@ -49,8 +55,7 @@ def read_stage(args: Sequence[str]) -> Iterator[tuple[Any, Any, Any]]:
         UserError: for every mistake that the user can cure.
     """
     options = ["fit", *args]
-    config_files = given_config_files(options)
-    check_config_files(config_files)
+    config_files = checked_config_files(options)
     with tempfile.TemporaryDirectory() as folder:
         PlanCLI.stand_ins = Path(folder)
         cli = run(options, config_files, PlanCLI)
@@ -59,15 +64,29 @@ def read_stage(args: Sequence[str]) -> Iterator[tuple[Any, Any, Any]]:
 
 def _own_options(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options that `fit` does not have, and all others."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--bandwidth_gb_s", type=float, default=DEFAULT_BANDWIDTH)
+    parser = argparse.ArgumentParser(
+        prog="rto-lightning plan",
+        usage="rto-lightning plan --config FILE.yaml [--json] [--processes N] [--bandwidth_gb_s X] [options of fit]",
+        description="Print the memory that fit would take, before any weight is loaded. All options of fit are taken; "
+        "`rto-lightning fit --help` lists them.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan for machines")
+    parser.add_argument("--processes", type=int, metavar="N", help="spread it over N devices that need not be there")
+    parser.add_argument(
+        "--bandwidth_gb_s",
+        type=float,
+        default=DEFAULT_BANDWIDTH,
+        metavar="X",
+        help=f"GB that each device receives from others in a second ({DEFAULT_BANDWIDTH:g})",
+    )
     try:
         own, rest = parser.parse_known_args(list(args))
     except argparse.ArgumentError as error:
-        raise ConfigurationError(f"{error.argument_name}: {error.message}; give it a number.") from error
-    if own.bandwidth_gb_s <= 0:
+        takes = "leave the value out" if error.argument_name == "--json" else "give it a number"
+        raise ConfigurationError(f"{error.argument_name}: {error.message}; {takes}.") from error
+    if not 0 < own.bandwidth_gb_s < math.inf:
         raise ConfigurationError(f"--bandwidth_gb_s is {own.bandwidth_gb_s}; set it above 0.")
     return own, rest
 
@@ -95,21 +114,11 @@ def report(
     """
     from rto_lightning import memory  # late, as it imports the models' libraries
 
-    device, precision = planned_device(str(trainer.accelerator)), str(trainer.precision or "32-true")
+    workload, plan, costs = _planned(module, data, trainer, processes)
+    device, precision, parallelism = planned_device(str(trainer.accelerator)), workload.precision, workload.parallelism
     on_gpu = device.type == "cuda"
-    parallelism = memory.planned_parallelism(trainer, module, processes)
-    spread = parallelism.processes > 1 or parallelism.sharded
-    try:
-        workload = memory.workload_of(module, data, precision, parallelism)
-        plan = memory.plan_memory(workload, 0 if on_gpu else memory.resident_bytes(), foreach=on_gpu)
-        costs = memory.plan_costs(workload, plan) if spread else None
-    except UserError:
-        raise
-    except Exception as error:  # whatever code of models and libraries raises
-        raise UserError(_no_plan(error)) from error
-    available = None if on_gpu and not torch.cuda.is_available() else memory.available_bytes(device)
-    if available is not None and not on_gpu:
-        available //= parallelism.processes // parallelism.nodes  # one memory for all processes of a node
+    is_there = not on_gpu or torch.cuda.is_available()
+    available = memory.available_to_process(device, parallelism) if is_there else None
     fits = available is None or plan.peak <= available
     # Without the device nobody knows whether it fits, and the changes say how far one could get.
     changes = (
@@ -130,11 +139,42 @@ def report(
     return json.dumps(contents, indent=2) + "\n"
 
 
+def plan_stage(args: Sequence[str]) -> "MemoryPlan":
+    """The plan that `rto-lightning plan` prints, as data.
+
+    Args:
+        args: options of `fit`, such as `["--config", "rto.yaml", "--model.rollout.batch_size", "16"]`.
+
+    Raises:
+        UserError: for every mistake that the user can cure, and if there is no plan for such a stage or its models.
+    """
+    with read_stage(args) as (module, data, trainer):
+        return _planned(module, data, trainer, None)[1]
+
+
+def _planned(
+    module: Any, data: Any, trainer: Any, processes: int | None
+) -> "tuple[Workload, MemoryPlan, CostPlan | None]":
+    """What a process does and takes, and what it communicates and computes if there are several."""
+    from rto_lightning import memory
+
+    on_gpu = planned_device(str(trainer.accelerator)).type == "cuda"
+    parallelism = memory.planned_parallelism(trainer, module, processes)
+    try:
+        workload = memory.workload_of(module, data, str(trainer.precision or "32-true"), parallelism)
+        plan = memory.plan_memory(workload, 0 if on_gpu else memory.resident_bytes(), foreach=on_gpu)
+        spread = parallelism.processes > 1 or parallelism.sharded
+        return workload, plan, memory.plan_costs(workload, plan) if spread else None
+    except UserError:
+        raise
+    except Exception as error:  # whatever code of models and libraries raises
+        raise UserError(_no_plan(error)) from error
+
+
 def _no_plan(error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
     return (
-        f"this stage cannot be planned ({type(error).__name__}: {reason}); `rto-lightning fit` runs without a plan and "
-        "writes the memory it took."
+        f"this stage cannot be planned ({type(error).__name__}: {first_line(error)}); `rto-lightning fit` runs without "
+        "a plan and writes the memory it took."
     )
 
 
@@ -145,8 +185,8 @@ def planned_device(accelerator: str) -> torch.device:
     return torch.device({"gpu": "cuda", "cuda": "cuda", "mps": "mps"}.get(accelerator, "cpu"))
 
 
-class PlanCLI(RTOCLI):
-    """Builds module and data as `fit` does, but no trainer, and runs nothing."""
+class PlanCLI(ReadingCLI):
+    """Builds module and data, whether the roles that they name are there or not."""
 
     stand_ins: Path
     """A folder for stand-ins of roles that are not there yet."""
@@ -164,13 +204,6 @@ class PlanCLI(RTOCLI):
                 folder = self.stand_ins / str(len(list(self.stand_ins.iterdir())))
                 _write_stand_in(folder, role, settings)
                 place[key] = str(folder)
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """None: a plan needs no device."""
-        return None  # type: ignore[return-value]
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 def _named_roles(model: Any) -> Iterator[tuple[Any, str, str]]:
@@ -194,6 +227,6 @@ def _write_stand_in(folder: Path, role: str, settings: Any) -> None:
     folder.mkdir()
     if settings.mode == "adapters":
         lora = {"peft_type": "LORA", "r": settings.lora.rank, "target_modules": settings.lora.target_modules}
-        (folder / "adapter_config.json").write_text(json.dumps(lora), encoding="utf-8")
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(lora), encoding="utf-8")
     kind = "adapter" if settings.mode == "adapters" else "model"
     RoleCard(role, kind, settings.model, None, "", "").write(folder)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rto_lightning.cli.command import add_model_options, positive, run_command
 from rto_lightning.cli.config_errors import CommandParser
 from rto_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from rto_lightning.rewards.remote import RewardServer, ServedRole
+    from rto_lightning.rewards.remote import RewardServer
 
 
 def main(args: Sequence[str]) -> None:
@@ -21,15 +22,15 @@ def main(args: Sequence[str]) -> None:
     Raises:
         UserError: for every mistake that the user can cure.
     """
-    options = _parse(args)
-    from rto_lightning.cli.quiet import quiet_libraries, quiet_lightning
+    run_command(args, _parse, _load_and_serve)
 
-    quiet_libraries()
-    quiet_lightning()
+
+def _load_and_serve(options: argparse.Namespace) -> None:
+    from rto_lightning.cli.models import load_reward_role
     from rto_lightning.rewards.remote import RewardServer, token_of
 
     token = None if options.token_variable is None else token_of(options.token_variable, "--token_variable")
-    role = _load(options)
+    role = load_reward_role(options.source, options)
     try:
         server = RewardServer((options.host, options.port), role, token, options.max_mib * 2**20, options.max_rows)
     except (OSError, OverflowError) as error:
@@ -39,26 +40,6 @@ def main(args: Sequence[str]) -> None:
         who = "whoever has the token" if token is not None else "everyone"
         lines.append(f"open to the network: {who} who reaches this address may ask; nothing is encrypted")
     _serve(server, lines)
-
-
-def _load(options: argparse.Namespace) -> "ServedRole":
-    import torch
-
-    from rto_lightning.cli.export import load_stage_module
-    from rto_lightning.export.opening import open_role
-    from rto_lightning.export.source import find_source
-    from rto_lightning.rewards.remote import ServedRole
-
-    source = find_source(options.source, "reward")
-    opened = open_role(source, options.dtype == "float32", options.base_model, load_stage_module)
-    if opened.head is None:
-        raise UserError(f"{options.source} has no scalar head; name a saved reward role.")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        opened.backbone.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    return ServedRole(opened.backbone, opened.name, options.batch_size)
 
 
 def _serve(server: "RewardServer", lines: Sequence[str]) -> None:
@@ -106,14 +87,9 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         "--token_variable", metavar="NAME", help="environment variable with the token that clients send"
     )
     parser.add_argument("--no_token", action="store_true", help="let every client of a network in")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (cuda if there is one)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "auto"), default="float32", help="of frozen weights (float32); auto is as stored"
-    )
-    parser.add_argument("--base_model", metavar="NAME", help="base model of an adapter, if it is elsewhere by now")
-    parser.add_argument("--batch_size", type=_positive, default=16, help="responses for each forward (16)")
-    parser.add_argument("--max_rows", type=_positive, default=4096, help="responses in a request (4096)")
-    parser.add_argument("--max_mib", type=_positive, default=64, help="size of a request in MiB (64)")
+    add_model_options(parser, "responses for each forward")
+    parser.add_argument("--max_rows", type=positive, default=4096, help="responses in a request (4096)")
+    parser.add_argument("--max_mib", type=positive, default=64, help="size of a request in MiB (64)")
     options = parser.parse_args(args)
     if not _is_loopback(options.host) and options.token_variable is None and not options.no_token:
         parser.error(
@@ -121,10 +97,3 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
             "--token_variable, or let everyone in by --no_token"
         )
     return options
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number

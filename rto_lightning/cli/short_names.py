@@ -8,6 +8,7 @@ import difflib
 import importlib
 import inspect
 import re
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 BITSANDBYTES_OPTIMIZERS = ("AdamW8bit", "PagedAdamW8bit")
 """Those that are proposed where a name is misspelled; its other 8-bit, 32-bit and paged ones are known too."""
+OWN_CLASSES = {"model": "rto_lightning.modules", "data": "rto_lightning.data"}
+"""For each key that wants a class of ours, where these are."""
 _BITSANDBYTES_NAME = re.compile(r"Paged\w+|\w+(8|32)bit")
 
 _resolve = _typehints.resolve_class_path_by_name
@@ -32,16 +35,32 @@ def explain_name(key: str, name: str) -> str:
     """Says that no class is known by a short name, and proposes the one that is spelled most alike.
 
     Args:
-        key: The key it stands under, which tells learning-rate schedules from optimizers.
+        key: The key it stands under, which tells what kind of class is meant.
         name: The name.
     """
-    module, base = (lr_scheduler, LRScheduler) if "scheduler" in key else (torch.optim, Optimizer)
-    known = [n for n, value in vars(module).items() if _extends(value, base)]
-    known += ["CosineWithWarmup"] if base is LRScheduler else BITSANDBYTES_OPTIMIZERS
+    known = _known_names(key)
     by_lower_case = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
-    hint = f"did you mean {by_lower_case[close[0]]}?" if close else "give its import path (`module.Class`)."
+    hint = "give its import path (`module.Class`)."
+    if close := difflib.get_close_matches(name.lower(), by_lower_case, n=1):
+        hint = f"did you mean {by_lower_case[close[0]]}?"
+    elif key in OWN_CLASSES:
+        hint = f"choose one of {', '.join(known)}, or {hint}"
     return f"no class is known as {name}; {hint}"
+
+
+def _known_names(key: str) -> list[str]:
+    if "scheduler" in key:
+        return [*_subclasses(lr_scheduler, LRScheduler), "CosineWithWarmup"]
+    if "optimizer" in key:
+        return [*_subclasses(torch.optim, Optimizer), *BITSANDBYTES_OPTIMIZERS]
+    if key not in OWN_CLASSES:
+        return []
+    package = importlib.import_module(OWN_CLASSES[key])
+    return [name for name in package.__all__ if name.endswith("Module") and name != "StageModule"]
+
+
+def _subclasses(module: ModuleType, base: type) -> list[str]:
+    return [name for name, value in vars(module).items() if _extends(value, base)]
 
 
 def _resolve_optimizer(cls: Any, name: str) -> str:

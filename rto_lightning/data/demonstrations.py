@@ -1,6 +1,5 @@
 """Demonstrations: a prompt and the answer to imitate. For SFT."""
 
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from rto_lightning.data.batches import DemonstrationBatch
 from rto_lightning.data.files import Row
 from rto_lightning.data.formats import Demonstration, demonstration_reader
 from rto_lightning.data.module import AnswerDataModule, encode_answers
+from rto_lightning.data.rows import TokenIds
 from rto_lightning.data.sources import Table
 from rto_lightning.data.tokenizing import Encoded
 
@@ -22,15 +22,15 @@ class DemonstrationRow:
     """One tokenized demonstration."""
 
     index: int
-    prompt: array
-    response: array
+    prompt: TokenIds
+    response: TokenIds
 
 
 class DemonstrationDataModule(AnswerDataModule):
     """Answers to imitate.
 
-    Columns: `prompt` with `response` or `completion`; `messages`, whose last one is the answer; or a
-    preference data set, whose chosen answers are taken.
+    Columns: `prompt` with `response` or `completion`; `messages`, whose last one is the answer; `instruction`, perhaps
+    with an `input`, and `output`; or a preference data set, whose chosen answers are taken.
     """
 
     row = DemonstrationRow

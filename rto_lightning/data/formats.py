@@ -8,6 +8,7 @@ The format of a row is recognised by its columns, and within a column by the val
 | | `chosen`, `rejected` with the prompt inside: messages, or transcripts like Anthropic's HH |
 | prompts | `context_messages`, `prompt`, `messages`, or preferences |
 | demonstrations | `prompt` with `response` or `completion`, `messages`, or preferences (their `chosen`) |
+| both | `instruction`, perhaps with an `input`, and for demonstrations `output`, as Alpaca and AlpacaEval have them |
 
 In UltraFeedback both hold: `prompt` is a text and `chosen` repeats it; the messages win, they may have more
 turns.
@@ -63,11 +64,12 @@ _Formats = Mapping[tuple[str, ...], Callable[[Row], Example]]
 
 
 class BadRows:
-    """Raises at the first unusable row of a table, or counts them, as the setting `data.bad_rows` says."""
+    """Raises at the first unusable row of a table, or counts them, as the setting of this name says."""
 
-    def __init__(self, table: Table, setting: BadRowsSetting) -> None:
+    def __init__(self, table: Table, setting: BadRowsSetting, name: str = "data.bad_rows") -> None:
         self.table = table
         self.setting = setting
+        self.name = name
         self.count = 0
         self.first: tuple[int, str] | None = None
         """The first of them, and why."""
@@ -79,7 +81,7 @@ class BadRows:
             UserError: If bad rows are errors.
         """
         if self.setting == "error":
-            raise UserError(f"{self.table.place(index)}: {reason}; correct it, or set data.bad_rows to `skip`.")
+            raise UserError(f"{self.table.place(index)}: {reason}; correct it, or set {self.name} to `skip`.")
         self.count += 1
         self.first = min(self.first or (index, reason), (index, reason))
 
@@ -112,8 +114,9 @@ def prompt_reader(table: Table) -> Callable[[Row], Prompt]:
         ("chosen",): _prompt_of_preference,
         ("prompt",): _prompt,
         ("messages",): _prompt_of_messages,
+        ("instruction",): _prompt_of_instruction,
     }
-    return _reader(table, formats, "one of `prompt`, `messages`, `context_messages` and `chosen`")
+    return _reader(table, formats, "one of `prompt`, `messages`, `context_messages`, `chosen` and `instruction`")
 
 
 def demonstration_reader(table: Table) -> Callable[[Row], Demonstration]:
@@ -126,7 +129,9 @@ def demonstration_reader(table: Table) -> Callable[[Row], Demonstration]:
         columns: partial(_demonstration, column=columns[-1])
         for columns in (("prompt", "response"), ("prompt", "completion"), ("messages",), ("chosen",))
     }
-    return _reader(table, formats, "`prompt` with `response` or `completion`, or `messages`, or `chosen`")
+    formats = {**formats, ("instruction", "output"): _demonstration_of_instruction}
+    expected = "`prompt` with `response` or `completion`, or `instruction` with `output`, or `messages`, or `chosen`"
+    return _reader(table, formats, expected)
 
 
 def read_rows(
@@ -195,6 +200,24 @@ def _preference(row: Row) -> Preference:
 
 def _demonstration(row: Row, column: str) -> Demonstration:
     return Demonstration(*_answered(row, column))
+
+
+def _demonstration_of_instruction(row: Row) -> Demonstration:
+    return _demonstration({"prompt": _instruction(row), "output": row.get("output")}, "output")
+
+
+def _prompt_of_instruction(row: Row) -> Prompt:
+    return _prompt({"prompt": _instruction(row)})
+
+
+def _instruction(row: Row) -> str:
+    """An instruction, and below it what it is about if there is an `input`."""
+    instruction, subject = row.get("instruction"), row.get("input") or ""
+    if not isinstance(instruction, str) or not isinstance(subject, str):
+        raise BadRow("`instruction` or `input` is no text")
+    if not instruction.strip():
+        raise BadRow("the prompt in `instruction` is empty")
+    return f"{instruction}\n\n{subject}" if subject.strip() else instruction
 
 
 def _prompt_from_context(row: Row) -> Prompt:

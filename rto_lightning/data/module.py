@@ -2,7 +2,6 @@
 
 import warnings
 from abc import abstractmethod
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ from rto_lightning.backbone.chat import ChatTokenizer
 from rto_lightning.data.files import Row
 from rto_lightning.data.formats import BadRowsSetting
 from rto_lightning.data.order import GlobalBatchSampler, ResumableLoader, check_divisible
-from rto_lightning.data.rows import TokenizedRows
+from rto_lightning.data.rows import TokenIds, TokenizedRows
 from rto_lightning.data.sources import Table, load_table
 from rto_lightning.data.store import tokenized_rows
 from rto_lightning.data.streaming import StreamedBatches, StreamingLoader
@@ -171,6 +170,21 @@ class ChatDataModule(LightningDataModule):
         """The rows to predict, in order."""
         return self._loader(self.rows["predict"], self.eval_batch_size)
 
+    def first_rows(self, number: int) -> Any:
+        """The first rows of `validation`, or without it of `train`, as one batch, the same on every process.
+
+        Args:
+            number: at most this many rows.
+
+        Raises:
+            UserError: if there are only streamed rows, of which none is the first.
+        """
+        name = "validation" if "validation" in self.rows else "train"
+        if name not in self.rows:
+            raise UserError("the first rows of a stream cannot be told; set data.validation.")
+        rows = self.rows[name]
+        return self.collate(self._find_chat())([rows[index] for index in range(min(number, len(rows)))])
+
     # What a kind of data defines.
 
     @abstractmethod
@@ -282,7 +296,7 @@ class AnswerDataModule(ChatDataModule):
         return {"max_response_tokens": self.max_response_tokens}
 
 
-def encode_answers(chat: ChatTokenizer, texts: Sequence[str], max_response_tokens: int) -> list[array]:
+def encode_answers(chat: ChatTokenizer, texts: Sequence[str], max_response_tokens: int) -> list[TokenIds]:
     """Ids of N answers, cut at the limit."""
     parts = in_parts(texts, len)
     return [compact(ids) for part in parts for ids in chat.encode_responses(part, max_response_tokens)]

@@ -1,7 +1,6 @@
 """Preference data: a prompt, a chosen and a rejected answer. For DPO and the reward model."""
 
 import hashlib
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from rto_lightning.data.batches import PreferenceBatch
 from rto_lightning.data.files import Row
 from rto_lightning.data.formats import Preference, preference_reader
 from rto_lightning.data.module import AnswerDataModule, encode_answers
+from rto_lightning.data.rows import TokenIds
 from rto_lightning.data.sources import Table
 from rto_lightning.data.tokenizing import Encoded
 
@@ -23,9 +23,9 @@ class PreferenceRow:
     """One tokenized pair."""
 
     index: int
-    prompt: array
-    chosen: array
-    rejected: array
+    prompt: TokenIds
+    chosen: TokenIds
+    rejected: TokenIds
     characters: tuple[int, int]
     """Lengths of both answers' text."""
     cluster: int
@@ -82,7 +82,7 @@ def encode_preferences(
     ]
 
 
-def _cluster(prompt: array) -> int:
+def _cluster(prompt: TokenIds) -> int:
     """63 bits, which fit an int64, of a hash of the ids."""
     return int.from_bytes(hashlib.sha256(prompt.tobytes()).digest()[:8], "big") >> 1
 

@@ -1,6 +1,5 @@
 """Prompts without answers. For RTO, which samples the answers itself."""
 
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from rto_lightning.data.batches import PromptBatch
 from rto_lightning.data.files import Row
 from rto_lightning.data.formats import Prompt, prompt_reader
 from rto_lightning.data.module import ChatDataModule
+from rto_lightning.data.rows import TokenIds
 from rto_lightning.data.sources import Table
 from rto_lightning.data.tokenizing import Encoded
 
@@ -22,15 +22,15 @@ class PromptRow:
     """One tokenized prompt."""
 
     index: int
-    prompt: array
+    prompt: TokenIds
     messages: list[Message]
 
 
 class PromptDataModule(ChatDataModule):
     """Prompts to answer.
 
-    Columns: `context_messages`, `prompt` (text or a list of messages) or `messages` (whose last answer is
-    left out); or a preference data set, whose answers are left out.
+    Columns: `context_messages`, `prompt` (text or a list of messages), `messages` (whose last answer is left
+    out) or `instruction`, perhaps with an `input`; or a preference data set, whose answers are left out.
     """
 
     row = PromptRow

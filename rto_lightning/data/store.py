@@ -101,8 +101,7 @@ def _behaviour(chat: ChatTokenizer) -> list[Any]:
     """
     text = "Good day, naïve 世界 🌍!\n\n  def f(x):\treturn 1234567.89 # ok"
     sample = [chat.encode_prompt([{"role": "user", "content": text}]), chat.encode_response(text, 1000)]
-    template = None if chat.plain else chat.tokenizer.chat_template
-    return [chat.fingerprint, template, list(chat.stop_ids), sample]
+    return [chat.fingerprint, chat.tokenizer.chat_template, list(chat.stop_ids), sample]
 
 
 # Tokenizing.

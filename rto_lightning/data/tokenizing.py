@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from rto_lightning.backbone.chat import ChatTokenizer
 from rto_lightning.data.files import RawRow, Row, reason_of
 from rto_lightning.data.formats import BadRows, BadRowsSetting, Example, read_rows
-from rto_lightning.data.rows import RowT
+from rto_lightning.data.rows import RowT, TokenIds
 from rto_lightning.data.sources import Table
 from rto_lightning.errors import UserError
 
@@ -30,7 +30,7 @@ class Encoded(Generic[Example]):
     index: int
     """In the table, from 0."""
     example: Example
-    prompt: array
+    prompt: TokenIds
     """(length,) ids, as all arrays here of type code `i`."""
 
 
@@ -197,6 +197,6 @@ def no_answers(example: Any) -> Sequence[str]:
     return ()
 
 
-def compact(ids: Sequence[int]) -> array:
+def compact(ids: Sequence[int]) -> TokenIds:
     """Ids in four bytes each; a list of ints takes nine times as many."""
     return array("i", ids)

@@ -1,5 +1,1 @@
-"""Judging what was trained."""
-
-from rto_lightning.evaluation.ranking import PairRecords, ranking_accuracies
-
-__all__ = ["PairRecords", "ranking_accuracies"]
+"""Judging what was trained: answers to benchmarks, judges, win rates."""

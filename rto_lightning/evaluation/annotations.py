@@ -2,7 +2,7 @@
 
 A row has `instruction`, `output_1` and `generator_1` (the baseline), `output_2` and `generator_2` (the model),
 `dataset`, `annotator`, and `preference`: 1 if the baseline wins, 2 if the model does, a number between if the judge is
-not sure, 1.5 or 0 for a tie, null if it gave no answer.
+not sure, 1.5 or 0 for a tie, null if it gave no answer. We add `games` where a preference is the mean of several.
 """
 
 import json
@@ -15,7 +15,7 @@ from rto_lightning.data.files import BadRow, Row
 from rto_lightning.data.sources import load_table
 from rto_lightning.evaluation.answers import Comparison
 from rto_lightning.evaluation.judging import Judgment
-from rto_lightning.evaluation.questions import BenchmarkError, refuse_ids, repeated
+from rto_lightning.evaluation.questions import read_all, refuse_ids, repeated, text_of
 from rto_lightning.evaluation.win_rates import ModelResult, model_result
 from rto_lightning.runs.files import written_whole
 
@@ -40,13 +40,7 @@ def read_annotations(path: str) -> list[ModelResult]:
     """
     table = load_table(path)
     found: dict[tuple[str, str], list[_Annotation]] = {}
-    for index, row in enumerate(table.rows):
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            annotation = _read(row)
-        except BadRow as reason:
-            raise BenchmarkError(f"{table.place(index)}: {reason}; correct the file.") from reason
+    for annotation in read_all(table, _read):
         found.setdefault(annotation.generators, []).append(annotation)
     results = []
     for (baseline, model), rows in found.items():
@@ -61,7 +55,7 @@ def read_annotations(path: str) -> list[ModelResult]:
 def annotation_rows(result: ModelResult) -> list[dict[str, Any]]:
     """The judgments of a model as annotations.
 
-    Several games of a prompt become their mean, and a prompt of several messages their JSON.
+    Several games of a prompt become their mean, and stand beside it; a prompt of several messages becomes their JSON.
     """
     return [
         {
@@ -73,6 +67,7 @@ def annotation_rows(result: ModelResult) -> list[dict[str, Any]]:
             "generator_2": result.model,
             "annotator": result.judge,
             "preference": 1.0 + sum(judgment.games) / len(judgment.games) if judgment.games else None,
+            **({"games": list(judgment.games)} if len(judgment.games) > 1 else {}),
         }
         for comparison, judgment in zip(result.comparisons, result.judgments, strict=True)
     ]
@@ -93,8 +88,7 @@ def _instruction(comparison: Comparison) -> str:
 
 def _read(row: Row) -> _Annotation:
     for name in _TEXTS:
-        if not isinstance(row.get(name), str):
-            raise BadRow(f"`{name}` is missing or no text")
+        text_of(row.get(name), name)
     instruction = row["instruction"]
     comparison = Comparison(
         instruction,
@@ -104,7 +98,20 @@ def _read(row: Row) -> _Annotation:
         row["output_2"],
     )
     generators = row["generator_1"], row["generator_2"]
-    return _Annotation(generators, str(row.get("annotator") or "unknown"), comparison, _judgment(row.get("preference")))
+    judgment = _judgment(row.get("preference"))
+    if (games := row.get("games")) is not None and judgment.games:
+        judgment = Judgment(_games(games, judgment.games[0]))
+    return _Annotation(generators, str(row.get("annotator") or "unknown"), comparison, judgment)
+
+
+def _games(value: Any, mean: float) -> tuple[float, ...]:
+    """What each of several games gave, whose mean is the preference."""
+    numbers = value if isinstance(value, list) and value else [None]
+    if not all(isinstance(game, int | float) and not isinstance(game, bool) and 0 <= game <= 1 for game in numbers):
+        raise BadRow("`games` is no list of numbers between 0 and 1")
+    if abs(sum(numbers) / len(numbers) - mean) > 1e-6:
+        raise BadRow("`games` has another mean than `preference`")
+    return tuple(map(float, numbers))
 
 
 def _judgment(preference: Any) -> Judgment:

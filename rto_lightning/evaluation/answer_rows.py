@@ -17,7 +17,9 @@ from typing import Any
 from rto_lightning.errors import UserError
 from rto_lightning.evaluation.questions import Format, Question
 
-_CODE = re.compile(r"```[^`]*```")
+_LONGEST_NAME = 200
+"""Bytes; file systems take 255, of which some are for what is written before the file is there."""
+_CODE = re.compile(r"```([^`]*)```")
 _HEADERS = {f"h{level}": re.compile(rf"^#{{{level}}}\s", re.MULTILINE) for level in range(1, 7)}
 _LISTS = {
     "ordered": re.compile(r"^\s*\d+\.\s", re.MULTILINE),
@@ -43,9 +45,12 @@ def answer_file(folder: Path, kind: Format, name: str) -> Path:
     Raises:
         UserError: if no file can be named like the model.
     """
-    if not name.strip() or name.startswith(".") or set(name) & set('/\\:*?"<>|\0'):
+    as_file = f"{name}.jsonl"
+    if not name.strip() or name.startswith(".") or not name.isprintable() or set(name) & set('/\\:*?"<>|'):
         raise UserError(f"--name {name!r} cannot be the name of a file; leave out slashes and the like.")
-    return folder / "model_outputs.json" if kind == "alpaca_eval" else folder / "model_answer" / f"{name}.jsonl"
+    if len(as_file.encode()) > _LONGEST_NAME:
+        raise UserError(f"--name {name[:40]}... is too long for the name of a file; give a shorter one.")
+    return folder / "model_outputs.json" if kind == "alpaca_eval" else folder / "model_answer" / as_file
 
 
 def answer_file_text(
@@ -97,7 +102,9 @@ def _arena_hard_new(name: str, question: Question, answer: GeneratedAnswer, star
 
 def style_counts(answer: GeneratedAnswer) -> dict[str, Any]:
     """Tokens of an answer, and its headers, list items and bold phrases outside of code."""
-    text = _CODE.sub("``````", answer.text)
+    text = answer.text
+    for code in _CODE.findall(text):
+        text = text.replace(code, "")  # wherever it stands, as Arena-Hard counts
     kinds = {"header_count": _HEADERS, "list_count": _LISTS, "bold_count": _BOLD}
     counts = {
         kind: {name: len(pattern.findall(text)) for name, pattern in patterns.items()}

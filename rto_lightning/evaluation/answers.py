@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rto_lightning.backbone import Message
-from rto_lightning.data.files import BadRow, Row
+from rto_lightning.data.files import Row
 from rto_lightning.data.sources import Table, load_table
-from rto_lightning.evaluation.questions import BenchmarkError, Questions, refuse_ids, repeated
+from rto_lightning.evaluation.questions import BenchmarkError, Questions, read_all, refuse_ids, repeated, text_of
 
 _GENERATE_AGAIN = "let the model answer again"
 
@@ -66,7 +66,7 @@ def read_answers(path: str) -> AnswerFile:
     """
     table = load_table(path)
     read = _reader(table)
-    answers = [_read(read, row, index, table) for index, row in enumerate(table.rows)]
+    answers = list(read_all(table, read))
     refuse_ids(repeated(answer.id for answer in answers), f"{path} answers", "more than once", "leave one of each")
     empty = (answer.id for answer in answers if not answer.text.strip())
     refuse_ids(empty, f"{path} has empty answers to", "", _GENERATE_AGAIN)
@@ -119,11 +119,11 @@ def match_answers(
 
 
 def _check_ids(file: AnswerFile, ids: Sequence[str], source: str) -> None:
-    missing = (name for name in ids if name not in file.answers)
-    refuse_ids(missing, f"{file.path} does not answer", f"of {source}", _GENERATE_AGAIN)
     known = set(ids)
     more = (name for name in file.answers if name not in known)
     refuse_ids(more, f"{file.path} answers", f"which are not of {source}", "give files of the same questions")
+    missing = (name for name in ids if name not in file.answers)
+    refuse_ids(missing, f"{file.path} does not answer", f"of {source}", _GENERATE_AGAIN)
 
 
 def _prompt_of(name: str, *files: AnswerFile) -> list[Message]:
@@ -134,16 +134,6 @@ def _prompt_of(name: str, *files: AnswerFile) -> list[Message]:
 
 
 # Rows.
-
-
-def _read(read: Callable[[Row], Answer], row: Row | BadRow, index: int, table: Table) -> Answer:
-    try:
-        if isinstance(row, BadRow):
-            raise row
-        return read(row)
-    except (BadRow, KeyError, IndexError, TypeError) as error:
-        why = str(error) if isinstance(error, BadRow) else "it is not of the format of the other rows"
-        raise BenchmarkError(f"{table.place(index)}: {why}; correct the file.") from error
 
 
 def _reader(table: Table) -> Callable[[Row], Answer]:
@@ -163,33 +153,31 @@ def _reader(table: Table) -> Callable[[Row], Answer]:
 
 
 def _alpaca_eval(row: Row) -> Answer:
-    instruction = _text(row["instruction"], "instruction")
+    instruction = text_of(row["instruction"], "instruction")
     prompt = [{"role": "user", "content": instruction}]
-    model = _text(row.get("generator") or "", "generator")
-    return Answer(instruction, _text(row["output"], "output"), prompt, str(row.get("dataset") or ""), model)
+    model = text_of(row.get("generator") or "", "generator")
+    return Answer(instruction, text_of(row["output"], "output"), prompt, str(row.get("dataset") or ""), model)
 
 
 def _arena_hard_old(row: Row) -> Answer:
     text = row["choices"][0]["turns"][-1]["content"]
-    model = _text(row.get("model_id") or "", "model_id")
-    return Answer(_text(row["question_id"], "question_id"), _text(text, "choices"), None, "", model)
+    model = text_of(row.get("model_id") or "", "model_id")
+    return Answer(text_of(row["question_id"], "question_id"), text_of(text, "choices"), None, "", model)
 
 
 def _arena_hard_new(row: Row) -> Answer:
     *prompt, last = row["messages"]
     content: Any = last["content"]
     text = content["answer"] if isinstance(content, dict) else content
-    messages = [{"role": message["role"], "content": message["content"]} for message in prompt]
-    model = _text(row.get("model") or "", "model")
-    return Answer(_text(row["uid"], "uid"), _text(text, "messages"), messages, "", model)
+    messages = _messages(prompt, "messages")
+    model = text_of(row.get("model") or "", "model")
+    return Answer(text_of(row["uid"], "uid"), text_of(text, "messages"), messages, "", model)
 
 
 def _prediction(row: Row) -> Answer:
-    messages = [{"role": message["role"], "content": message["content"]} for message in row["prompt"]]
-    return Answer(str(row["index"]), _text(row["response"], "response"), messages, "", "")
+    messages = _messages(row["prompt"], "prompt")
+    return Answer(str(row["index"]), text_of(row["response"], "response"), messages, "", "")
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"`{name}` is no text")
-    return value
+def _messages(value: list[Any], name: str) -> list[Message]:
+    return [{key: text_of(message[key], name) for key in ("role", "content")} for message in value]

@@ -1,8 +1,10 @@
 """A chat model behind an OpenAI-compatible HTTP interface as a judge."""
 
+import hashlib
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,15 +15,18 @@ from rto_lightning.errors import UserError, check_settings
 from rto_lightning.evaluation.answers import Comparison
 from rto_lightning.evaluation.judge_prompts import JUDGE_PROMPTS
 from rto_lightning.evaluation.judging import Judgment
+from rto_lightning.evaluation.kept_judgments import KeptJudgments
 from rto_lightning.rewards.remote import token_of
 from rto_lightning.rewards.remote.settings import shown_url
 
 _BUSY = (408, 409, 425, 429)
-_OURS_TO_CURE = (401, 403, 404, 405)
+_OURS_TO_CURE = (401, 402, 403, 404, 405)
 _LONGEST_DELAY = 30.0
+_HOPELESS = 16
+"""Pairs of which a judge that can judge at all judges one; after so many the others are not paid for."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ChatJudgeSettings:
     """Which model judges, and how it is asked."""
 
@@ -46,6 +51,18 @@ class ChatJudgeSettings:
         """Raise UserError for values that no judge can use."""
         check_settings("judge", self, ("concurrency", "attempts", "answer_timeout"), not_negative=("patience",))
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What judgments follow from, beside the pairs.
+
+        Raises:
+            UserError: if the address is none.
+        """
+        prompt = JUDGE_PROMPTS[self.prompt]
+        words = hashlib.sha256(repr((prompt.system, prompt.max_tokens)).encode()).hexdigest()[:16]
+        url = shown_url(_completions_url(self.url))
+        return {"judge_model": self.model, "judge_url": url, "judge_prompt": f"{self.prompt} {words}"}
+
 
 class NoVerdict(Exception):
     """A pair that the judge says nothing of; the message is why."""
@@ -56,7 +73,8 @@ class ChatJudge:
 
     Args:
         settings: which and how.
-        sleep: waits for seconds.
+        kept: takes judgments as they come, and has those of an earlier process; None keeps none.
+        sleep: waits for seconds; None waits, and no longer than the judging lasts.
         now: a clock, in seconds.
 
     Raises:
@@ -66,7 +84,8 @@ class ChatJudge:
     def __init__(
         self,
         settings: ChatJudgeSettings,
-        sleep: Callable[[float], None] = time.sleep,
+        kept: KeptJudgments | None = None,
+        sleep: Callable[[float], object] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = settings.model
@@ -74,34 +93,44 @@ class ChatJudge:
         self.prompt = JUDGE_PROMPTS[settings.prompt]
         self._url = _completions_url(settings.url)
         self._key = None if settings.key_variable is None else token_of(settings.key_variable, "--key_variable")
-        self._sleep, self._now = sleep, now
-        self._is_lost = False
+        self._kept, self._now = kept, now
+        self._ended = threading.Event()
+        self._sleep = sleep or self._ended.wait
 
     def judge(self, comparisons: Sequence[Comparison]) -> list[Judgment]:
         """See :meth:`Judge.judge`.
 
         Raises:
-            UserError: if the interface refuses the key, the address or, for every pair, the request.
+            UserError: if the interface refuses the key, the address or the request, cannot be reached, or says nothing
+                that is a verdict. What it has judged until then is kept.
         """
         headers = {"Authorization": f"Bearer {self._key}"} if self._key is not None else {}
         timeout = httpx2.Timeout(self.settings.answer_timeout, connect=10.0)
+        before = [None if self._kept is None else self._kept.get(comparison) for comparison in comparisons]
+        judgments = {number: judgment for number, judgment in enumerate(before) if judgment is not None}
         with (
             httpx2.Client(headers=headers, timeout=timeout) as http,
             ThreadPoolExecutor(self.settings.concurrency) as pool,
-            tqdm(total=len(comparisons), desc="judgments", unit="pair", mininterval=1.0) as bar,
+            tqdm(total=len(comparisons), initial=len(judgments), desc="judgments", unit="pair", mininterval=1.0) as bar,
         ):
+            asked = (number for number in range(len(comparisons)) if number not in judgments)
+            tasks = {pool.submit(self._judge, http, comparisons[number]): number for number in asked}
             try:
-                tasks = [pool.submit(self._judge, http, comparison) for comparison in comparisons]
-                judgments = []
-                for task in tasks:
-                    judgments.append(task.result())
+                for task in as_completed(tasks):
+                    judgments[tasks[task]] = task.result()
                     bar.update()
+                    self._check_hope(judgments, is_last=len(judgments) == len(comparisons))
             except BaseException:
+                self._ended.set()  # what is under way comes to its end, and is kept
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        if judgments and not any(judgment.games for judgment in judgments):
-            raise UserError(f"the judge {self._shown} has judged nothing: {judgments[0].problem}; ask another.")
-        return judgments
+        return [judgments[number] for number in range(len(comparisons))]
+
+    def _check_hope(self, judgments: dict[int, Judgment], is_last: bool) -> None:
+        """Raise UserError if the first judgments, or all, say nothing."""
+        if (is_last or len(judgments) == _HOPELESS) and not any(judgment.games for judgment in judgments.values()):
+            problem = next(iter(judgments.values())).problem
+            raise UserError(f"the judge {self._shown} has judged nothing of {len(judgments)}: {problem}; ask another.")
 
     def _judge(self, http: httpx2.Client, comparison: Comparison) -> Judgment:
         try:
@@ -109,7 +138,13 @@ class ChatJudge:
             second = self._games(http, comparison, model_is_first=False)
         except NoVerdict as problem:
             return Judgment((), str(problem))
-        return Judgment((*first, *(1.0 - game for game in second)))
+        except UserError:
+            self._ended.set()  # at once, so that no other thread pays for more
+            raise
+        judgment = Judgment((*first, *(1.0 - game for game in second)))
+        if self._kept is not None:
+            self._kept.add(comparison, judgment)
+        return judgment
 
     def _games(self, http: httpx2.Client, comparison: Comparison, model_is_first: bool) -> tuple[float, ...]:
         """What the answer in the first place won."""
@@ -129,8 +164,8 @@ class ChatJudge:
 
     def _post(self, http: httpx2.Client, request: dict[str, Any]) -> dict[str, Any] | None:
         """The first choice of a reply; None if there is none in it."""
-        deadline, delay = self._now() + (0.0 if self._is_lost else self.settings.patience), 1.0
-        while True:
+        deadline, delay = self._now() + self.settings.patience, 1.0
+        while not self._ended.is_set():
             wait, problem = delay, ""
             try:
                 response = http.post(self._url, json=request)
@@ -138,15 +173,15 @@ class ChatJudge:
                 problem = f"no answer ({str(error) or type(error).__name__})"
             else:
                 if response.is_success:
-                    self._is_lost = False
                     return _first_choice(response)
                 problem = self._refusal(response)
                 wait = max(delay, _seconds(response.headers.get("Retry-After", "")))
             if self._now() + wait > deadline:
-                self._is_lost = True  # others that wait for it are not made to wait as long
-                raise NoVerdict(problem)
+                # Not unjudged: which pairs an interface has no answer to says nothing of the answers compared.
+                raise UserError(f"the judge {self._shown} cannot be asked: {problem}; {self._way_out}.")
             self._sleep(wait)
             delay = min(2 * delay, _LONGEST_DELAY)
+        raise NoVerdict("the judging has ended")
 
     def _refusal(self, response: httpx2.Response) -> str:
         """What an interface said that may say something else later.
@@ -162,12 +197,18 @@ class ChatJudge:
             said = said.replace(self._key, "***")
         if status in _OURS_TO_CURE or response.is_redirect:
             raise UserError(
-                f"the judge {self._shown} refuses requests ({said}); correct --judge_url, --judge_model and "
-                "--key_variable."
+                f"the judge {self._shown} refuses requests ({said}); correct --judge_url, --judge_model or "
+                f"--key_variable, or the account behind it; {self._way_out}."
             )
         if status in _BUSY or status >= 500:
             return said
         raise NoVerdict(said)
+
+    @property
+    def _way_out(self) -> str:
+        if self._kept is None:
+            return "ask again later"
+        return f"its judgments so far are kept in {self._kept.path}, and the same command goes on with the others"
 
     @property
     def _shown(self) -> str:

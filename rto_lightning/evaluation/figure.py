@@ -1,14 +1,13 @@
 """Win rates as a picture."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from rto_lightning.evaluation.win_rates import ModelResult, WinRate
+from rto_lightning.figures import COLOURS, MARKERS, new_figure
 from rto_lightning.runs.files import written_whole
-
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Of Okabe and Ito, which the colour-blind tell apart."""
 
 MOST_CATEGORIES = 30
 """Of more, none is drawn."""
@@ -19,20 +18,22 @@ def save_figure(path: Path, results: Sequence[ModelResult]) -> None:
 
     Args:
         path: the file.
-        results: models against the same baseline.
+        results: models, each against its baseline. Where they have several baselines or judges, the legend names them.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     categories = sorted({name for result in results for name in result.categories})
     categories = categories if len(categories) <= MOST_CATEGORIES else []
     rows = ["all prompts", *categories]
     height = 1.6 + 0.3 * len(rows) * max(len(results), 2) ** 0.5
-    figure = Figure(figsize=(8.0, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.0, height)
     axes = figure.add_subplot()
     axes.axvline(50.0, color="0.6", linewidth=1.0, linestyle="--", zorder=0)
+    against = [
+        f"against {result.baseline} ({result.baseline_characters:.0f} characters), judge: {result.judge}"
+        for result in results
+    ]
+    are_alike = len(set(against)) == 1
     for number, result in enumerate(results):
+        details = "" if are_alike else f", {against[number]}"
         places = [row + 0.6 * ((number + 0.5) / len(results) - 0.5) for row in range(len(rows))]
         rates = [result.overall, *(result.categories.get(name) for name in categories)]
         shown = [(place, rate) for place, rate in zip(places, rates, strict=True) if rate is not None]
@@ -40,22 +41,24 @@ def save_figure(path: Path, results: Sequence[ModelResult]) -> None:
             [rate.percent for _, rate in shown],
             [place for place, _ in shown],
             xerr=list(zip(*(_arms(rate) for _, rate in shown), strict=True)),
-            fmt="os^Dv<"[number % 6],
-            color=_COLOURS[number % len(_COLOURS)],
+            fmt=MARKERS[number % len(MARKERS)],
+            color=COLOURS[number % len(COLOURS)],
             capsize=3,
-            label=f"{result.model} ({result.characters:.0f} characters)",
+            label=_plain(f"{result.model} ({result.characters:.0f} characters){details}"),
         )
-    axes.set(xlim=(-2.0, 102.0), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=rows)
-    baseline = results[0]
-    axes.set_xlabel(
-        f"win rate against {baseline.baseline} ({baseline.baseline_characters:.0f} characters) in percent, "
-        f"95% interval; judge: {baseline.judge}"
-    )
+    axes.set(xlim=(-2.0, 102.0), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=map(_plain, rows))
+    axes.set_xlabel(_plain(f"win rate in percent, 95% interval{f'; {against[0]}' if are_alike else ''}"))
     axes.xaxis.label.set_wrap(True)
     axes.grid(axis="x", color="0.92")
     axes.legend(loc="best", fontsize=8)
-    with written_whole(path) as file:
+    with written_whole(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of a name in another script
         figure.savefig(file, format="png")
+
+
+def _plain(name: str) -> str:
+    """A name that matplotlib shows as it is: no formula between `$`, and in the legend whatever it begins with."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _arms(rate: WinRate) -> tuple[float, float]:

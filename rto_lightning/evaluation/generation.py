@@ -5,10 +5,11 @@ goes on gives the bytes of one that ran through.
 """
 
 import hashlib
+import sys
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rto_lightning.data.prompts import PromptRow, collate_prompts
 from rto_lightning.errors import UserError, check_settings
 from rto_lightning.evaluation.answer_rows import GeneratedAnswer, answer_file, answer_file_text
 from rto_lightning.evaluation.progress_file import ProgressFile
-from rto_lightning.evaluation.questions import Question, Questions
+from rto_lightning.evaluation.questions import Format, Question, Questions, refuse_ids
 from rto_lightning.rollout import RolloutEngine, RolloutSettings, Trajectory, build_engine, response_texts, sample_seeds
 from rto_lightning.runs.files import written_whole
 
@@ -34,7 +35,7 @@ _ITERATION = -3  # of the seeds; training counts up from 0, and validation has -
 _WEIGHTS_READ = 1024
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerationSettings:
     """How a model answers."""
 
@@ -68,6 +69,18 @@ class Generation:
     """Answers that an earlier process had generated."""
 
 
+def new_answer_file(settings: GenerationSettings, kind: Format) -> Path:
+    """Where the answers go.
+
+    Raises:
+        UserError: if the file exists, or no file can be named like the model.
+    """
+    path = answer_file(settings.output, kind, settings.name)
+    if path.exists():
+        raise UserError(f"{path} exists already; remove it or choose another --output.")
+    return path
+
+
 def generate(
     backbone: PolicyBackbone,
     role: str,
@@ -89,9 +102,7 @@ def generate(
     Raises:
         UserError: if the file exists, the model's context is too short, or an unfinished generation differs.
     """
-    path = answer_file(settings.output, questions.format, settings.name)
-    if path.exists():
-        raise UserError(f"{path} exists already; remove it or choose another --output.")
+    path = new_answer_file(settings, questions.format)
     temperature = DEFAULT_TEMPERATURE[questions.format] if settings.temperature is None else settings.temperature
     rollout = replace(
         rollout or RolloutSettings(),
@@ -113,10 +124,10 @@ def generate(
         "batch_size": settings.batch_size,
         "seed": settings.seed,
     }
-    progress = ProgressFile(path, follows_from, time.time() if now is None else now)
-    resumed = sum(map(len, progress.batches))
+    progress = ProgressFile(path, follows_from, time.time() if now is None else now, _batch_as_json, _batch_of_json)
+    resumed = sum(map(len, progress.parts))
     _answer_all(build_engine(backbone, rollout), backbone, role, rows, settings, progress)
-    answers = [answer for batch in progress.batches for answer in batch]
+    answers = [answer for batch in progress.parts for answer in batch]
     with written_whole(path, "w", encoding="utf-8") as file:
         file.write(answer_file_text(questions.format, settings.name, questions.rows, answers, progress.started))
     progress.remove()
@@ -129,12 +140,12 @@ def _answer_all(
     role: str,
     rows: Sequence[PromptRow],
     settings: GenerationSettings,
-    progress: ProgressFile,
+    progress: ProgressFile[list[GeneratedAnswer]],
 ) -> None:
     """Generate the batches that are missing."""
     size = settings.batch_size
     device = next(backbone.parameters()).device
-    done = sum(map(len, progress.batches))
+    done = sum(map(len, progress.parts))
     try:
         with tqdm(total=len(rows), initial=done, desc="answers", unit="answer", mininterval=1.0) as bar:
             for start in range(done, len(rows), size):
@@ -159,20 +170,31 @@ def _answer(
     ]
 
 
+def _batch_as_json(answers: list[GeneratedAnswer]) -> list[dict[str, Any]]:
+    return [asdict(answer) for answer in answers]
+
+
+def _batch_of_json(rows: Any) -> list[GeneratedAnswer]:
+    return [GeneratedAnswer(**row) for row in rows]
+
+
 def _encode(backbone: PolicyBackbone, role: str, questions: Sequence[Question], max_new_tokens: int) -> list[PromptRow]:
     """The questions as tokens.
 
     Raises:
-        UserError: if the longest one and its answer have no place in the model's context.
+        BenchmarkError: if some leave no place for an answer in the model's context.
+        UserError: if the longest one and its answer have none there.
     """
     ids = backbone.chat.encode_prompts([question.messages for question in questions])
     longest = max(map(len, ids))
     model: Any = backbone.models[backbone.roles[role].model]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and longest + max_new_tokens > context:
+    context: int = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    too_long = (question.id for question, row in zip(questions, ids, strict=True) if len(row) >= context)
+    refuse_ids(too_long, "the questions", f"have as many tokens as the model takes, {context}", "leave them out")
+    if longest + max_new_tokens > context:
         raise UserError(
             f"the longest question has {longest} tokens, and an answer may have {max_new_tokens}, but the model takes "
-            f"{context} together; set --max_new_tokens to {max(context - longest, 1)} or less."
+            f"{context} together; set --max_new_tokens to {context - longest} or less."
         )
     return [
         PromptRow(number, array("i", row), question.messages)

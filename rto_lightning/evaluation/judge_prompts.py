@@ -51,7 +51,8 @@ class JudgePrompt:
 
     def read(self, choice: Mapping[str, Any]) -> tuple[float, ...] | None:
         """What answer A won, by a choice of a chat completion; None if that is no verdict."""
-        text = (choice.get("message") or {}).get("content")
+        message = choice.get("message")
+        text = message.get("content") if isinstance(message, Mapping) else None
         text = text if isinstance(text, str) else ""
         if not self.logprobs:
             verdicts = _ARENA_VERDICT.findall(text)
@@ -66,14 +67,17 @@ class JudgePrompt:
 
 def _share_of_a(logprobs: Any) -> float | None:
     """Probability of `A` among `A` and `B` as the first token; None if the server does not tell."""
+    found = {"A": 0.0, "B": 0.0}
     try:
-        listed = logprobs["content"][0]["top_logprobs"]
-        found = {entry["token"].strip(): math.exp(float(entry["logprob"])) for entry in reversed(listed)}
+        for entry in logprobs["content"][0]["top_logprobs"]:
+            letter = entry["token"].strip()  # there is a token with a blank before it, too
+            if letter in found:
+                found[letter] += math.exp(float(entry["logprob"]))
     except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError):
         return None
-    total = found.get("A", 0.0) + found.get("B", 0.0)
+    total = found["A"] + found["B"]
     # Where neither is likely, the judge wants to say something else.
-    return found.get("A", 0.0) / total if math.isfinite(total) and total > 0.1 else None
+    return found["A"] / total if math.isfinite(total) and total > 0.1 else None
 
 
 _TASK = (

@@ -6,6 +6,7 @@ it is defined for the 805 instructions of AlpacaEval 2 only, in their order.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 from rto_lightning.errors import UserError, first_line
@@ -16,6 +17,29 @@ INSTRUCTIONS = 805
 """Of AlpacaEval 2; the file of their difficulties knows them by their positions."""
 
 
+def check_length_control() -> Callable[..., dict[str, float]]:
+    """The metric.
+
+    Raises:
+        UserError: if `alpaca_eval` is not installed.
+    """
+    try:
+        from alpaca_eval.metrics import get_length_controlled_winrate
+    except ImportError as error:
+        raise UserError("--length_controlled needs alpaca_eval; run `pip install 'rto-lightning[eval]'`.") from error
+    metric: Callable[..., dict[str, float]] = get_length_controlled_winrate
+    return metric
+
+
+def check_instructions(model: str, count: int) -> None:
+    """Raise UserError unless a model answers as many instructions as AlpacaEval 2 has."""
+    if count != INSTRUCTIONS:
+        raise UserError(
+            f"--length_controlled is for all {INSTRUCTIONS} instructions of AlpacaEval 2 in their order, and {model} "
+            f"answers {count}; leave it out."
+        )
+
+
 def length_controlled(result: ModelResult) -> ModelResult:
     """The result with the length-controlled win rate of `alpaca_eval`, and its standard error, in percent.
 
@@ -23,16 +47,10 @@ def length_controlled(result: ModelResult) -> ModelResult:
         UserError: if `alpaca_eval` is not installed, these are not the instructions of AlpacaEval 2, or the file that
             it downloads is not there.
     """
-    try:
-        import pandas
-        from alpaca_eval.metrics import get_length_controlled_winrate
-    except ImportError as error:
-        raise UserError("--length_controlled needs alpaca_eval; run `pip install 'rto-lightning[eval]'`.") from error
-    if len(result.comparisons) != INSTRUCTIONS:
-        raise UserError(
-            f"--length_controlled is for all {INSTRUCTIONS} instructions of AlpacaEval 2 in their order, and "
-            f"{result.model} answers {len(result.comparisons)}; leave it out."
-        )
+    get_length_controlled_winrate = check_length_control()
+    check_instructions(result.model, len(result.comparisons))
+    import pandas
+
     annotations = pandas.DataFrame(annotation_rows(result))
     try:
         with warnings.catch_warnings():

@@ -1,73 +1,84 @@
-"""Answers of a generation that has not ended, batch by batch, in a file beside the one they are for.
+"""What a command that has not ended has made so far, part by part, in a file beside the one that it is for.
 
-The first line says what is being generated; each further line holds one batch. A line that was being written when the
-process died is left out, and its batch is generated again: as the same batch, so that the answers are the same.
+The first line says what it follows from; each further line holds one part. A line that was being written when the
+process died is left out, and its part is made again.
 """
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rto_lightning.errors import UserError
-from rto_lightning.evaluation.answer_rows import GeneratedAnswer
 from rto_lightning.runs.files import check_room
 
 SUFFIX = ".unfinished.jsonl"
 
+Part = TypeVar("Part")
 
-class ProgressFile:
-    """Takes batches of answers, and gives back those that are there.
+
+class ProgressFile(Generic[Part]):
+    """Takes parts, and gives back those that are there.
 
     Args:
-        target: the answer file that is to be written.
-        settings: what the answers follow from.
-        started: when the generation begins, in seconds since 1970; one that goes on keeps its time.
+        target: the file that is to be written in the end.
+        settings: what the parts follow from.
+        started: when the work begins, in seconds since 1970; work that goes on keeps its time.
+        write: a part as JSON holds it.
+        read: the part again.
 
     Raises:
-        UserError: if there are answers of other settings, or what is there is no such file.
+        UserError: if there are parts of other settings, or what is there is no such file.
     """
 
-    def __init__(self, target: Path, settings: dict[str, Any], started: float) -> None:
+    def __init__(
+        self,
+        target: Path,
+        settings: dict[str, Any],
+        started: float,
+        write: Callable[[Part], Any],
+        read: Callable[[Any], Part],
+    ) -> None:
         self.path = target.with_name(target.name + SUFFIX)
         self.started = started
-        self.batches: list[list[GeneratedAnswer]] = []
-        """In their order, from the first question on."""
+        self.parts: list[Part] = []
+        """In the order in which they were added."""
+        self._write, self._read = write, read
+        self._settings = settings
         if self.path.exists():
-            self._read(settings)
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"settings": settings, "started": started})
+            self._go_on()
 
-    def add(self, answers: Sequence[GeneratedAnswer]) -> None:
-        """Puts one more batch on the disk."""
-        self._append([asdict(answer) for answer in answers])
-        self.batches.append(list(answers))
+    def add(self, part: Part) -> None:
+        """Puts one more part on the disk."""
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._append({"settings": self._settings, "started": self.started})
+        self._append(self._write(part))
+        self.parts.append(part)
 
     def remove(self) -> None:
-        """Once the answer file is there."""
-        self.path.unlink()
+        """Once the target is there."""
+        self.path.unlink(missing_ok=True)
 
-    def _read(self, settings: dict[str, Any]) -> None:
+    def _go_on(self) -> None:
         lines = self.path.read_bytes().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith(b"\n")]
-        if not whole:  # not even the first line was written to its end
+        if len(whole) < 2:  # nothing was made
             self.path.unlink()
-            self._append({"settings": settings, "started": self.started})
             return
         try:
-            first, *batches = [json.loads(line) for line in whole]
+            first, *parts = [json.loads(line) for line in whole]
             found, self.started = dict(first["settings"]), float(first["started"])
-            self.batches = [[GeneratedAnswer(**answer) for answer in batch] for batch in batches]
+            self.parts = [self._read(part) for part in parts]
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.path} is damaged; remove it, and the generation begins again.") from error
-        other = sorted(name for name in {*found, *settings} if found.get(name) != settings.get(name))
+            raise UserError(f"{self.path} is damaged; remove it, and the command begins again.") from error
+        names = sorted({*found, *self._settings})
+        other = [name for name in names if found.get(name) != self._settings.get(name)]
         if other:
             raise UserError(
-                f"{self.path} holds answers of an unfinished generation with another {' and '.join(other)}; "
-                "generate with that one, or remove the file."
+                f"{self.path} is of a command that has not ended and had another {' and '.join(other)}; give the same "
+                "to go on, or remove the file."
             )
         if len(whole) < len(lines):
             with self.path.open("r+b") as file:

@@ -11,16 +11,17 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rto_lightning.backbone import Message
 from rto_lightning.data.files import BadRow, Row
-from rto_lightning.data.formats import BadRows, Prompt, prompt_reader, read_rows
+from rto_lightning.data.formats import Prompt, prompt_reader
 from rto_lightning.data.sources import Table, load_table
 from rto_lightning.errors import UserError
 
+Read = TypeVar("Read")
 Format = Literal["alpaca_eval", "arena_hard_v0.1", "arena_hard_v2.0"]
 
 MOST_NAMED = 5
@@ -31,6 +32,8 @@ _ALPACA_EVAL_COLUMNS = ("dataset", "datasplit")
 
 class BenchmarkError(UserError):
     """Questions or answers that cannot be compared, with the ids of those at fault."""
+
+    exit_status = 2
 
 
 @dataclass(frozen=True)
@@ -71,22 +74,45 @@ def read_questions(source: str, max_rows: int | None = None) -> Questions:
     """Reads questions from a file, a folder or a data set, as :func:`load_table` finds them.
 
     Raises:
-        BenchmarkError: if an id occurs twice.
-        UserError: if the source cannot be read, or a row is no question.
+        BenchmarkError: if a row is no question, or an id occurs twice.
+        UserError: if the source cannot be read.
     """
     table = load_table(source, max_rows)
     kind, read = _reader(table)
-    bad_rows = BadRows(table, "error")
-    questions = []
+    questions = list(read_all(table, read))
+    refuse_ids(repeated(question.id for question in questions), f"{source} has", "more than once", "remove them")
+    return Questions(kind, questions)
+
+
+def read_all(table: Table, read: Callable[[Row], Read]) -> Iterator[Read]:
+    """What `read` makes of each row of a table.
+
+    Raises:
+        BenchmarkError: with the place of the first row of which it makes nothing.
+    """
     for index, row in enumerate(table.rows):
         try:
             if isinstance(row, BadRow):
                 raise row
-            questions.append(read(row))
-        except BadRow as reason:
-            bad_rows.add(index, str(reason))
-    refuse_ids(repeated(question.id for question in questions), f"{source} has", "more than once", "remove them")
-    return Questions(kind, questions)
+            yield read(row)
+        except (BadRow, KeyError, IndexError, TypeError) as error:
+            why = str(error) if isinstance(error, BadRow) else "it is not of the format of the other rows"
+            raise BenchmarkError(f"{table.place(index)}: {why}; correct the file.") from error
+
+
+def text_of(value: Any, name: str) -> str:
+    """A value that has to be text.
+
+    Raises:
+        BadRow: if it is none, or text that cannot be written to any file.
+    """
+    if not isinstance(value, str):
+        raise BadRow(f"`{name}` is missing or no text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"`{name}` has the lone surrogate {value[error.start]!r}, which is no character") from error
+    return value
 
 
 def repeated(ids: Iterable[str]) -> list[str]:
@@ -96,10 +122,14 @@ def repeated(ids: Iterable[str]) -> list[str]:
 
 def refuse_ids(ids: Iterable[str], what: str, how: str, way_out: str) -> None:
     """Raise BenchmarkError with a sentence about ids, unless there are none."""
-    named = [repr(name if len(name) <= 60 else name[:60] + "...") for name in ids]
-    if named:
-        more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-        raise BenchmarkError(f"{what} {', '.join(named[:MOST_NAMED])}{more} {how}".rstrip() + f"; {way_out}.")
+    if found := list(ids):
+        raise BenchmarkError(f"{what} {listed(found)} {how}".rstrip() + f"; {way_out}.")
+
+
+def listed(ids: Sequence[str]) -> str:
+    """Some ids by their names, or what these begin with, and the number of the others."""
+    named = [repr(name if len(name) <= 60 else name[:60] + "...") for name in ids[:MOST_NAMED]]
+    return ", ".join(named) + (f" and {len(ids) - MOST_NAMED} more" if len(ids) > MOST_NAMED else "")
 
 
 def _reader(table: Table) -> tuple[Format, Callable[[Row], Question]]:
@@ -111,12 +141,7 @@ def _reader(table: Table) -> tuple[Format, Callable[[Row], Question]]:
     if {"uid", "prompt"} <= columns:
         return "arena_hard_v2.0", _arena_hard_new
     read = prompt_reader(table)
-    bad_rows = BadRows(table, "error")
-
-    def of_prompt(row: Row) -> Question:
-        return _of_prompt(read_rows(read, [(0, row)], bad_rows)[0][1])
-
-    return "alpaca_eval", of_prompt
+    return "alpaca_eval", lambda row: _of_prompt(read(row))
 
 
 def _alpaca_eval(row: Row) -> Question:
@@ -141,7 +166,7 @@ def _arena_hard_new(row: Row) -> Question:
 def _of_prompt(example: Prompt) -> Question:
     if len(example.prompt) != 1:
         raise BadRow("it has several messages, for which the format of AlpacaEval has no place")
-    text = example.prompt[0]["content"]
+    text = text_of(example.prompt[0]["content"], "prompt")
     return Question(text, text)
 
 
@@ -151,6 +176,6 @@ def _category(row: Row, name: str) -> str:
 
 
 def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"`{name}` is empty or no text")
-    return value
+    if not text_of(value, name).strip():
+        raise BadRow(f"`{name}` is empty")
+    return str(value)

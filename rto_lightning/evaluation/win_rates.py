@@ -19,7 +19,7 @@ class WinRate:
     percent: float
     """nan if nothing was judged."""
     low: float
-    """End of the 95% interval, which takes all games of a prompt together; nan with fewer than two prompts."""
+    """End of the 95% interval, see :func:`win_rate`; nan with fewer than two prompts."""
     high: float
     standard_error: float
     wins: int
@@ -78,27 +78,51 @@ def win_rate(judgments: Sequence[Judgment]) -> WinRate:
     """The win rate over some prompts, one judgment each.
 
     With one game a prompt, percentage and standard error are `alpaca_eval`'s. Several games of a prompt, such as those
-    of Arena-Hard, are no independent observations; see :func:`clustered_mean_interval`.
+    of Arena-Hard, are no independent observations; see :func:`clustered_mean_interval`. The interval is Wilson's with
+    the effective number of prompts (Korn and Graubard, "Confidence intervals for proportions with small expected
+    number of positive counts estimated from survey data", 1998; Brown, Cai and DasGupta, "Interval estimation for a
+    binomial proportion", 2001): it stays within 0 and 100, and has a width when a model wins, or loses, every time.
     """
     judged = [judgment.games for judgment in judgments if judgment.games]
     means = [sum(games) / len(games) for games in judged]
     percent = low = high = error = float("nan")
     if judged:
-        games = torch.tensor([100.0 * game for row in judged for game in row], dtype=torch.float64)
+        games = torch.tensor([game for row in judged for game in row], dtype=torch.float64)
         prompts = torch.tensor([number for number, row in enumerate(judged) for _ in row])
-        percent, low, high = (float(value) for value in clustered_mean_interval(games, prompts))
-        error = (high - low) / (2 * 1.96)
+        share, _, above = (float(value) for value in clustered_mean_interval(games, prompts, z=1.0))
+        percent, error = 100.0 * share, 100.0 * (above - share)
+        low, high = (100.0 * end for end in _wilson(share, above - share, len(judged)))
     wins, losses = sum(mean > 0.5 for mean in means), sum(mean < 0.5 for mean in means)
     return WinRate(
         percent,
-        low if math.isnan(low) else max(low, 0.0),
-        high if math.isnan(high) else min(high, 100.0),
+        low,
+        high,
         error,
         wins,
         losses,
         len(means) - wins - losses,
         len(judgments) - len(judged),
     )
+
+
+def _wilson(share: float, error: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Ends of an interval for a share whose standard error is known.
+
+    Args:
+        share: between 0 and 1.
+        error: its standard error; nan gives no interval.
+        count: observations, which are as many as they seem where they say nothing of their variance.
+        z: half width in standard errors.
+    """
+    variance = share * (1.0 - share)
+    if math.isnan(error):
+        return math.nan, math.nan
+    if variance > 0.0 and error == 0.0:  # every prompt has the same part of a win, such as a tie
+        return share, share
+    effective = count if variance <= 0.0 else variance / error**2
+    middle = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = z / (1 + z**2 / effective) * math.sqrt(max(variance, 0.0) / effective + z**2 / (4 * effective**2))
+    return min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)  # but for rounding
 
 
 def model_result(

@@ -14,6 +14,7 @@ from rto_lightning.export.check import Agreement
 from rto_lightning.export.lineage import StageRecord, final_metrics
 from rto_lightning.export.names import shown
 from rto_lightning.export.usage import usage
+from rto_lightning.modules.preference import OWN_SETTINGS
 from rto_lightning.secrets import mask_text
 
 PAPER = "[arXiv 2404.18922](https://arxiv.org/abs/2404.18922)"
@@ -26,10 +27,27 @@ _WHAT = {
 }
 _METHODS = {
     "RTO": f"Reinforced Token Optimization (RTO, {PAPER}): PPO on token rewards of a DPO model and one score an answer",
+    "Semi-RTO": f"Semi-RTO ({PAPER}): PPO on token rewards of a DPO model, summed by sentence, and one score an answer",
+    "DDPO": f"DDPO ({PAPER}): PPO on the summed token rewards of a DPO model and one score, at the end of an answer",
+    "RS-PPO": f"RS-PPO ({PAPER}): PPO on one score an answer, shaped by the token rewards of a DPO model",
     "PPO": "PPO on one score an answer",
+    "REINFORCE++": "REINFORCE++ on one score an answer",
+    "RLOO": "RLOO on one score an answer",
+    "GRPO": "GRPO on one score an answer",
     "SFT": "supervised fine-tuning on demonstrations",
     "reward model": "a Bradley-Terry model of preferences",
 }
+_OPTIONS = (
+    "model.rewards.truncation_penalty",
+    "model.rewards.min_response_tokens",
+    "model.rewards.short_penalty",
+    "model.ppo.value_clip_range",
+    "model.ppo.dual_clip",
+    "model.ppo.entropy_coefficient",
+    "model.ppo.kl_stop",
+    "model.ppo.importance_weight_cap",
+)
+"""Settings that are off at 0 and shown where they are not."""
 _SETTINGS = (
     "model.backbone.mode",
     "model.backbone.lora.rank",
@@ -39,7 +57,7 @@ _SETTINGS = (
     "model.backbone.dtype",
     "model.loss",
     "model.beta",
-    "model.label_smoothing",
+    *(f"model.{name}" for name in OWN_SETTINGS.values()),
     "model.rewards.beta_1",
     "model.rewards.token_reward_clip",
     "model.rewards.granularity",
@@ -59,6 +77,7 @@ _SETTINGS = (
     "model.ppo.lam",
     "model.ppo.clip_range",
     "model.ppo.aggregation",
+    *_OPTIONS,
     "model.critic.init",
     "model.critic.shared",
     "model.critic.warmup_iterations",
@@ -167,6 +186,9 @@ def _introduction(exported: Exported, own: StageRecord) -> str:
         "classifier": f"A sequence classifier with one label, trained from `{shown(exported.base)}`,",
     }
     method = _METHODS.get(own.title, f"preference optimization ({own.title})" if exported.role == "dpo" else own.title)
+    by_tokens, _, estimator = own.title.rpartition("-")
+    if own.title not in _METHODS and by_tokens in _METHODS:
+        method = _METHODS[by_tokens].replace("PPO on", f"{estimator} on")
     return f"{forms[exported.kind]} that {_WHAT[exported.role]}. It was trained by {method}."
 
 
@@ -214,13 +236,16 @@ def _value(record: StageRecord, key: str) -> Any:
     assert record.config is not None
     if "lora" in key and record.arguments["backbone"].get("mode") == "full":
         return None
+    name = key.removeprefix("model.")
+    if name in OWN_SETTINGS.values() and name != OWN_SETTINGS.get(record.arguments.get("loss", "dpo")):
+        return None
     place: Any = record.config
     top, *parts = key.split(".")
     for part in [top, *(["init_args"] if top in ("model", "data") else []), *parts]:
         place = place.get(part) if isinstance(place, Mapping) else None
     if key == "model.beta" and place is None and record.card is not None:
         place = record.card.settings.get("beta")  # the default depends on the loss
-    is_off = place is False and key != "model.rewards.normalize_score"
+    is_off = (place is False and key != "model.rewards.normalize_score") or (key in _OPTIONS and place == 0)
     return None if is_off or place == -1 else place
 
 

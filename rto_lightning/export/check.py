@@ -19,7 +19,7 @@ from rto_lightning.backbone.decoding import evaluating
 from rto_lightning.backbone.loading import load_pretrained, load_tokenizer
 from rto_lightning.errors import UserError
 from rto_lightning.export.merge import load_plain
-from rto_lightning.export.opening import OpenedRole
+from rto_lightning.saved.opening import OpenedRole
 
 TOLERANCE = 1e-4
 """Largest difference that float32 rounding explains, in units of a logit."""

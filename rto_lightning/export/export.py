@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 
 from rto_lightning.backbone.roles import looks_like_hub_name
 from rto_lightning.errors import UserError
@@ -19,11 +18,12 @@ from rto_lightning.export.check import Agreement, check_sequences, compare, expo
 from rto_lightning.export.hub import check_push, push
 from rto_lightning.export.lineage import base_of, lineage
 from rto_lightning.export.names import public_card
-from rto_lightning.export.opening import OpenedRole, open_role, release_weights
 from rto_lightning.export.settings import ExportSettings
-from rto_lightning.export.source import find_source
 from rto_lightning.export.whole import round_and_read, save_whole, whole_model
 from rto_lightning.modules import StageModule
+from rto_lightning.runs.files import PARTIAL, check_room
+from rto_lightning.saved.opening import OpenedRole, open_role, release_weights
+from rto_lightning.saved.source import find_source
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def export_role(settings: ExportSettings, load_module: Callable[[Path], StageMod
 
     Raises:
         UserError: if settings contradict each other, if the role or its base model cannot be loaded, if the export
-            differs from the role by more than rounding explains, or if the hub refuses it.
+            differs from the role by more than rounding explains, if the disk has no room for it, or if the hub refuses
+            it.
     """
     target = settings.target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -59,7 +60,7 @@ def export_role(settings: ExportSettings, load_module: Callable[[Path], StageMod
     role = open_role(source, settings.check, settings.base_model, load_module, settings.trust_remote_code)
     _check_adapter(settings, role)
     records = lineage(source, role.card)
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(target.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)  # left by an export that was interrupted
     partial.mkdir(parents=True)
     try:
@@ -80,6 +81,9 @@ def export_role(settings: ExportSettings, load_module: Callable[[Path], StageMod
         if target.exists():
             target.rmdir()
         partial.rename(target)
+    except Exception as error:
+        check_room(error, target)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if settings.push_to_hub is not None:
@@ -102,9 +106,6 @@ def _check_adapter(settings: ExportSettings, role: OpenedRole) -> None:
 def _write_adapter(settings: ExportSettings, role: OpenedRole, folder: Path) -> _Written:
     """A PEFT folder, with a scalar head beside it if the role has one."""
     role.backbone.save_role(role.name, folder, public_card(role.card))
-    config = PeftConfig.from_pretrained(str(folder))
-    config.revision = role.settings.revision  # of the base model, by which PEFT loads it
-    config.save_pretrained(str(folder))
     if not settings.check:
         return _Written("adapter", "float32", None)
     sequences = check_sequences(role.chat, role.model.config)

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from rto_lightning.errors import UserError
+from rto_lightning.errors import UserError, first_line
 
 _LOGIN = "run `hf auth login` or set HF_TOKEN to a token that may write"
 
@@ -48,8 +48,9 @@ def push(folder: Path, name: str, private: bool) -> str:
     except LocalTokenNotFoundError as error:
         raise UserError(f"nobody is logged in on the Hugging Face hub; {_LOGIN}. The export is in {folder}.") from error
     except Exception as error:  # of the client, of its HTTP library, of the disk
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         status = getattr(getattr(error, "response", None), "status_code", None)
         cure = _LOGIN if status in (401, 403) else f"then run `hf upload {name} {folder}`"
-        raise UserError(f"the hub did not take {name} ({reason}); {cure}. The export is in {folder}.") from error
+        raise UserError(
+            f"the hub did not take {name} ({first_line(error)}); {cure}. The export is in {folder}."
+        ) from error
     return address

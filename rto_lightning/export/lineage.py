@@ -1,18 +1,18 @@
 """Where a role comes from: the stages that led to it, as far as their folders are still there."""
 
-import csv
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rto_lightning.backbone.roles import ROLE_FILE, RoleCard, looks_like_hub_name
-from rto_lightning.export.source import Checkpoint, SavedRole, config_of_role, read_config
+from rto_lightning.runs.metrics_file import read_metrics
+from rto_lightning.saved.source import Checkpoint, SavedRole, config_of_role, read_config
 
 METRICS = ("fit", "validate", "test")
 """Commands whose figures are metrics of a stage."""
 _LOSSES = {"rdpo": "R-DPO", "simpo": "SimPO"}
+_GRANULARITIES = {"token": "RTO", "sentence": "Semi-RTO", "delayed": "DDPO", "shaping": "RS-PPO"}
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ def final_metrics(stage: Path) -> list[tuple[str, float, int]]:
     """Name, last value and step of every metric of the last run of each command, but for durations."""
     found: list[tuple[str, float, int]] = []
     for command in METRICS:
-        runs = [
-            path for path in stage.glob(f"metrics/{command}*/metrics.csv") if _run_number(path.parent.name, command)
-        ]
-        if runs:
-            found += _last_values(max(runs, key=lambda path: _run_number(path.parent.name, command)))
+        last: dict[str, tuple[str, float, int]] = {}
+        for row in read_metrics(stage, command):
+            for name, value in row.items():
+                if value and name not in ("epoch", "step") and "second" not in name:
+                    last[name] = name, float(value), int(row["step"])
+        found += sorted(last.values())
     return found
 
 
@@ -110,26 +111,21 @@ def _given(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _title(config: Mapping[str, Any] | None, role: str) -> str:
     if config is None:
         return {"reward": "reward model"}.get(role, role)
-    name, arguments = config["model"]["class_path"].rpartition(".")[2], config["model"]["init_args"]
+    name: str = config["model"]["class_path"].rpartition(".")[2]
+    arguments = config["model"]["init_args"]
     if name == "RTOModule":
-        return "PPO" if arguments.get("rewards", {}).get("beta_1") == 0 else "RTO"
+        return _rto_title(arguments.get("rewards") or {}, arguments.get("ppo") or {})
     if name == "PreferenceModule":
         loss = str(arguments.get("loss", "dpo"))
         return _LOSSES.get(loss, loss.upper())
     return {"SFTModule": "SFT", "RewardModelModule": "reward model"}.get(name, name)
 
 
-def _run_number(name: str, command: str) -> int:
-    """2 for `fit-2`, 1 for `fit`, 0 for another command."""
-    match = re.fullmatch(rf"{command}(?:-(\d+))?", name)
-    return int(match[1] or 1) if match else 0
-
-
-def _last_values(path: Path) -> list[tuple[str, float, int]]:
-    last: dict[str, tuple[str, float, int]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("epoch", "step") and "second" not in name:
-                    last[name] = name, float(value), int(float(row.get("step") or 0))
-    return sorted(last.values())
+def _rto_title(rewards: Mapping[str, Any], ppo: Mapping[str, Any]) -> str:
+    """A method's name: that of its estimator on the score alone, else of where token rewards go and the estimator."""
+    estimator = str(ppo.get("estimator", "gae"))
+    by_score = {"gae": "PPO", "reinforce++": "REINFORCE++"}.get(estimator, estimator.upper())
+    if rewards.get("beta_1") == 0:
+        return by_score
+    by_tokens = _GRANULARITIES.get(str(rewards.get("granularity", "token")), "RTO")
+    return by_tokens if estimator == "gae" else f"{by_tokens}-{by_score}"

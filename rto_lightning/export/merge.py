@@ -20,7 +20,9 @@ def load_plain(settings: BackboneSettings, dtype: torch.dtype | str) -> PreTrain
         dtype: of its weights; `auto` is that of its files.
     """
     trust = settings.trust_remote_code
-    return load_pretrained(AutoModelForCausalLM, settings.model, settings.revision, trust, dtype=dtype).eval()
+    model = load_pretrained(AutoModelForCausalLM, settings.model, settings.revision, trust, dtype=dtype)
+    model.eval()
+    return model
 
 
 def merge_adapter(base: PreTrainedModel, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from rto_lightning.export.check import model_values, require_equal
 from rto_lightning.export.classifier import as_classifier, padding_token
 from rto_lightning.export.merge import load_plain, merge_adapter, round_weights
 from rto_lightning.export.names import public_card, shown
-from rto_lightning.export.opening import OpenedRole
+from rto_lightning.saved.opening import OpenedRole
 
 
 @dataclass

@@ -8,6 +8,7 @@ from rto_lightning.inspection.correlation import (
     score_correlation,
 )
 from rto_lightning.inspection.examples import Answer, load_examples, reward_examples
+from rto_lightning.inspection.iteration import TokenTerms, token_terms, token_terms_text
 from rto_lightning.inspection.opening import open_dpo_role, open_scores
 from rto_lightning.inspection.page import TokenRewardPage
 from rto_lightning.inspection.reading import TokenRewardReader, rewarded_responses
@@ -32,6 +33,7 @@ __all__ = [
     "RewardedResponse",
     "TokenRewardPage",
     "TokenRewardReader",
+    "TokenTerms",
     "agreement",
     "by_position",
     "by_sentence_place",
@@ -47,4 +49,6 @@ __all__ = [
     "reward_examples",
     "rewarded_responses",
     "score_correlation",
+    "token_terms",
+    "token_terms_text",
 ]

@@ -33,9 +33,10 @@ def symmetric_limit(rewards: Iterable[float]) -> float:
     """The magnitude at which a scale ends: that which the share `COVERED` of the rewards does not exceed.
 
     Returns:
-        Rounded up to two digits; 1 if there is nothing to show.
+        Rounded up to two digits; 1 if there is nothing to show. Rewards that are not finite do not count.
     """
-    magnitudes = torch.tensor([abs(reward) for reward in rewards if reward != 0.0], dtype=torch.float64)
+    shown = [abs(reward) for reward in rewards if math.isfinite(reward) and reward != 0.0]
+    magnitudes = torch.tensor(shown, dtype=torch.float64)
     if len(magnitudes) == 0:
         return 1.0
     limit = float(magnitudes.quantile(COVERED, interpolation="higher"))
@@ -44,8 +45,10 @@ def symmetric_limit(rewards: Iterable[float]) -> float:
 
 
 def step_of(reward: float, limit: float) -> int:
-    """The colour of a reward, from -STEPS to STEPS; beyond the limit it is that of the end."""
-    return max(-STEPS, min(STEPS, round(STEPS * reward / limit)))
+    """The colour of a reward, from -STEPS to STEPS; beyond the limit it is that of the end. NaN has none, 0."""
+    if math.isnan(reward):
+        return 0
+    return round(STEPS * max(-1.0, min(1.0, reward / limit)))
 
 
 def colour(theme: Theme, step: int) -> str:

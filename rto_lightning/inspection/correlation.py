@@ -73,8 +73,9 @@ def clustered_correlation(x: Tensor, y: Tensor, clusters: Tensor, ranked: bool =
 def ranks(values: Tensor) -> Tensor:
     """Places in ascending order from 1, (N,) float64; equal values share the mean of their places."""
     _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[group]
+    last: Tensor = counts.cumsum(0).double()
+    places: Tensor = last - (counts.double() - 1) / 2
+    return places[group]
 
 
 def score_correlation(responses: Sequence[RewardedResponse], ranked: bool = False) -> Correlation:

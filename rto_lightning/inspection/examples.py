@@ -45,7 +45,7 @@ def load_examples(
     table = load_table(source, max_rows)
     paired = {"chosen", "rejected"} <= set(table.columns)
     read = preference_reader(table) if paired else demonstration_reader(table)
-    bad = BadRows(table, bad_rows)
+    bad = BadRows(table, bad_rows, "bad_rows")
     for index, row in enumerate(table.rows):
         for _, example in read_rows(read, [(index, row)], bad):
             if isinstance(example, Preference):
@@ -53,8 +53,9 @@ def load_examples(
             elif isinstance(example, Demonstration):
                 was_cut = isinstance(row, dict) and row.get("truncated") is True
                 yield index, Answer(example.prompt, example.response, was_cut)
-    if bad.count:
-        warn(f"{table.name}: {bad.count} bad rows are left out.")
+    if bad.first is not None:
+        index, reason = bad.first
+        warn(f"{table.name}: left out, bad rows: {bad.count}; the first is {table.place(index)}: {reason}.")
 
 
 def reward_examples(

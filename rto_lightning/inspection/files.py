@@ -32,8 +32,6 @@ SCHEMA = pa.schema(
 )
 """The columns. `answer` is `chosen`, `rejected`, or `response` for one that is not of a pair."""
 
-SUFFIXES = (".jsonl", ".parquet")
-
 
 def reward_rows(index: int, item: RewardedResponse | RewardedPair) -> list[dict[str, Any]]:
     """The rows of a response, or of the two of a pair.
@@ -50,7 +48,7 @@ class RewardFile:
     """A file of rewards, which is there once all is written; a context manager.
 
     Args:
-        path: ends with one of `SUFFIXES`.
+        path: ends with `.jsonl` or `.parquet`.
 
     Raises:
         UserError: if there is no room for it.

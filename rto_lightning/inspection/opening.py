@@ -11,6 +11,7 @@ from rto_lightning.backbone.model_files import ADAPTER_FILE
 from rto_lightning.backbone.roles import ROLE_FILE, role_folder
 from rto_lightning.errors import UserError
 from rto_lightning.rewards import WeightedReward, WeightedScores, make_scores
+from rto_lightning.runs.folder import ROLE_FOLDER
 
 
 def open_dpo_role(
@@ -71,7 +72,7 @@ def open_scores(backbone: PolicyBackbone, reward: str) -> WeightedScores:
 
 def _saved_by_stage(source: str) -> str:
     """The role that a stage saved where the folder of a stage is given; else what is given."""
-    role = Path(source) / "role"
+    role = Path(source) / ROLE_FOLDER
     return str(role) if (role / ROLE_FILE).exists() else source
 
 

@@ -17,29 +17,37 @@ from rto_lightning.backbone import Message
 from rto_lightning.inspection.colours import COVERED, STEPS, colour_rules, step_class, step_of, symmetric_limit
 from rto_lightning.inspection.curve import cumulative_curve
 from rto_lightning.inspection.pieces import Span, spans
-from rto_lightning.inspection.responses import RewardedPair, RewardedResponse, as_responses
+from rto_lightning.inspection.responses import (
+    ComparedResponses,
+    Rewarded,
+    RewardedResponse,
+    as_responses,
+    named_responses,
+)
 from rto_lightning.runs.files import written_whole
 
 _SHOWN_AS_CODE = {"Cc", "Cs", "Co", "Cn"}
-_DIRECTION_MARKS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+_DIRECTION_MARKS = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+# Soft hyphen, blanks without a width, and marks of byte order. Joiners shape what is beside them, and stay.
+_WITHOUT_WIDTH = {0x00AD, 0x180E, 0x200B, *range(0x2060, 0x2065), 0xFEFF}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
 class TokenRewardPage:
-    """Responses and pairs with the reward of each token as its colour, on one scale.
+    """Responses, pairs and comparisons with the reward of each token as its colour, on one scale.
 
     In a notebook it shows itself.
     """
 
-    items: Sequence[RewardedResponse | RewardedPair] = field(repr=False)
+    items: Sequence[Rewarded] = field(repr=False)
     """What is shown, in order."""
     title: str = "Token rewards"
     """Heading; empty for none."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What stands under the heading, by name."""
     unit: str = "nats"
-    """Unit of the rewards."""
+    """Unit of the rewards; empty for that of the reward that a policy is trained on."""
     limit: float | None = None
     """Magnitude at which the colours end; None for the smallest that covers 95% of the rewards shown."""
 
@@ -65,18 +73,24 @@ class TokenRewardPage:
 
     def _repr_html_(self) -> str:
         covered = f", which {COVERED:.0%} of the rewards shown do not exceed" if self.limit is None else ""
-        limit = self.limit or symmetric_limit(
-            sum(response.rewards[span.start : span.end])
-            for response in as_responses(self.items)
-            for span in spans(response.texts, response.special)
-        )
+        limit = self.limit or colour_limit(self.items)
         heading = f"<h1>{html.escape(visible(self.title))}</h1>\n" if self.title else ""
         facts = _facts(self.facts)
         sections = "".join(_section(item, limit, self.unit) for item in self.items)
+        coloured = any(reward for response in as_responses(self.items) for reward in response.rewards)
+        legend = _legend(limit, self.unit, covered) if coloured else ""
         return (
-            f'<style>{style_sheet()}</style>\n<div class="token-rewards">\n{heading}{facts}'
-            f"{_legend(limit, self.unit, covered)}{sections}</div>\n"
+            f'<style>{style_sheet()}</style>\n<div class="token-rewards">\n{heading}{facts}{legend}{sections}</div>\n'
         )
+
+
+def colour_limit(items: Sequence[Rewarded]) -> float:
+    """The magnitude at which the colours end: the smallest that covers 95% of the rewards of what is shown."""
+    return symmetric_limit(
+        sum(response.rewards[span.start : span.end])
+        for response in as_responses(items)
+        for span in spans(response.texts, response.special)
+    )
 
 
 @cache
@@ -90,7 +104,9 @@ def visible(text: str) -> str:
     return "".join(
         character
         if character in "\n\t"
-        or not (unicodedata.category(character) in _SHOWN_AS_CODE or ord(character) in _DIRECTION_MARKS)
+        or not (
+            unicodedata.category(character) in _SHOWN_AS_CODE or ord(character) in _DIRECTION_MARKS | _WITHOUT_WIDTH
+        )
         else f"[U+{ord(character):04X}]"
         for character in text
     )
@@ -106,22 +122,22 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 def _legend(limit: float, unit: str, covered: str) -> str:
     steps = "".join(f'<span class="{step_class(step)}"></span>' for step in range(-STEPS, STEPS + 1))
-    unit = html.escape(unit)
+    low, high = (html.escape(f"{sign}{limit:g} {unit}".strip()) for sign in "-+")
     return (
         f'<div class="legend"><div class="steps">{steps}</div>'
-        f'<div class="ends"><span>-{limit:g} {unit}</span><span>0</span><span>+{limit:g} {unit}</span></div>'
+        f'<div class="ends"><span>{low}</span><span>0</span><span>{high}</span></div>'
         "<p>Reward of a token: blue where the DPO model makes it more likely than its reference does, orange where "
         f'less<span class="printed"> (underlined)</span>. Colours end at {limit:g}{covered}. Point at or tap a token '
         "for its values.</p></div>\n"
     )
 
 
-def _section(item: RewardedResponse | RewardedPair, limit: float, unit: str) -> str:
-    answers = [item.chosen, item.rejected] if isinstance(item, RewardedPair) else [item]
-    names = ["Chosen", "Rejected"] if isinstance(item, RewardedPair) else ["Response"]
-    turns = "".join(_turn(message) for message in answers[0].prompt)
-    articles = "".join(_article(name, answer, limit, unit) for name, answer in zip(names, answers, strict=True))
-    return f'<section>{turns}<div class="answers">{articles}</div>{cumulative_curve(item)}</section>\n'
+def _section(item: Rewarded, limit: float, unit: str) -> str:
+    answers = named_responses(item)
+    turns = "".join(_turn(message) for message in next(iter(answers.values())).prompt)
+    articles = "".join(_article(name, answer, limit, unit) for name, answer in answers.items())
+    curve = "" if isinstance(item, ComparedResponses) else cumulative_curve(item)
+    return f'<section>{turns}<div class="answers">{articles}</div>{curve}</section>\n'
 
 
 def _turn(message: Message) -> str:
@@ -130,13 +146,15 @@ def _turn(message: Message) -> str:
 
 
 def _article(name: str, response: RewardedResponse, limit: float, unit: str) -> str:
-    facts = [f"sum {response.total:+.3f} {unit}", f"{len(response.rewards)} tokens"]
+    facts = [f"{len(response.rewards)} tokens"]
+    if any(response.rewards):
+        facts.insert(0, f"sum {response.total:+.3f} {unit}".strip())
     if response.score is not None:
         facts.append(f"score {response.score:+.3f}")
     sums = response.cumulative
     tokens = "".join(_token(span, response, sums, limit) for span in spans(response.texts, response.special))
     return (
-        f'<article><h2>{name} <span class="facts">{html.escape(" | ".join(facts))}</span></h2>'
+        f'<article><h2>{html.escape(visible(name))} <span class="facts">{html.escape(" | ".join(facts))}</span></h2>'
         f'<p class="tokens" dir="auto">{tokens}</p></article>'
     )
 

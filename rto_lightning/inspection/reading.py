@@ -1,6 +1,8 @@
 """Ask the roles of a backbone for token rewards of responses: sampled ones, texts, and preference pairs."""
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +61,8 @@ class TokenRewardReader:
         beta_1: scale of the rewards; 1 leaves them in nats.
         clip: largest magnitude of a reward after scaling; 0 is none.
         batch_size: responses for each forward.
-        max_response_tokens: texts are cut to this many tokens, the stop included.
+        max_response_tokens: texts are cut to this many tokens, the stop included, and to what the model's context
+            leaves behind their prompt.
 
     Raises:
         UserError: if the backbone has no such role.
@@ -115,21 +118,41 @@ class TokenRewardReader:
             truncated: which of them were cut off before their stop token, and so have none; None for none of them.
 
         Raises:
-            UserError: if a response has no tokens, or a prompt is refused by the chat template.
+            UserError: if a response has no tokens, or a prompt is refused by the chat template or leaves no place for
+                a response in the model's context.
         """
         if not responses:
             return []
         chat = self.backbone.chat
+        asked = chat.encode_prompts(prompts)
         rows = chat.encode_responses(responses, self.max_response_tokens)
+        rows = [row[: self._room(number, prompt)] for number, (prompt, row) in enumerate(zip(asked, rows, strict=True))]
         for row, was_cut in zip(rows, truncated or [False] * len(rows), strict=True):
             if was_cut and row[-1] in chat.stop_ids:
                 row.pop()
         if not all(rows):
             raise UserError(f"response {rows.index([]) + 1} has no tokens to reward; leave it out.")
         device = next(self.backbone.parameters()).device
-        sequences = Sequences.from_lists(chat.encode_prompts(prompts), rows, chat.pad_id).to(device)
+        sequences = Sequences.from_lists(asked, rows, chat.pad_id).to(device)
         stopped = torch.tensor([row[-1] in chat.stop_ids for row in rows], device=device)
         return self.trajectory(Trajectory(sequences, ~stopped), prompts)
+
+    def _room(self, number: int, prompt: list[int]) -> int:
+        """Tokens that a response to a prompt may have, in the context of both roles.
+
+        Raises:
+            UserError: if there are none.
+        """
+        roles = [self.backbone.roles[name] for name in (self.dpo, self.reference)]
+        models: list[Any] = [self.backbone.models[role.model] for role in roles]
+        configs = [model.config.get_text_config() for model in models]
+        context = min(getattr(config, "max_position_embeddings", sys.maxsize) for config in configs)
+        if len(prompt) >= context:
+            raise UserError(
+                f"the prompt of response {number + 1} has {len(prompt)} tokens, and the model takes {context} with the "
+                "response; leave it out."
+            )
+        return int(context - len(prompt))
 
     def pairs(self, pairs: Sequence[Preference]) -> list[RewardedPair]:
         """Rewards of both responses of each pair."""

@@ -1,7 +1,7 @@
 """Responses whose tokens have rewards, as data: what pages, tables and files are made of."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -56,6 +56,16 @@ class RewardedResponse:
             "score": self.score,
         }
 
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "RewardedResponse":
+        """The response of a row as :meth:`row` makes it; further columns are left alone.
+
+        Raises:
+            KeyError: if a column is missing.
+        """
+        names = ("prompt", "response", "token_ids", "tokens", "special", "rewards", "sentence_ends", "score")
+        return cls(*(row[name] for name in names))
+
     def _repr_html_(self) -> str:
         from rto_lightning.inspection.page import TokenRewardPage
 
@@ -87,10 +97,30 @@ class RewardedPair:
         return TokenRewardPage([self])._repr_html_()
 
 
-def as_responses(items: Sequence[RewardedResponse | RewardedPair]) -> list[RewardedResponse]:
+@dataclass(frozen=True)
+class ComparedResponses:
+    """Responses to one prompt that are shown beside each other: of one policy over time, or of several policies."""
+
+    by_name: Mapping[str, RewardedResponse]
+    """At least one response, each under the name that stands over it."""
+
+    def _repr_html_(self) -> str:
+        from rto_lightning.inspection.page import TokenRewardPage
+
+        return TokenRewardPage([self])._repr_html_()
+
+
+Rewarded = RewardedResponse | RewardedPair | ComparedResponses
+"""What a page shows under one prompt."""
+
+
+def named_responses(item: Rewarded) -> dict[str, RewardedResponse]:
+    """The responses of an item by the names that stand over them, of a pair the chosen one first."""
+    if isinstance(item, RewardedPair):
+        return {"Chosen": item.chosen, "Rejected": item.rejected}
+    return dict(item.by_name) if isinstance(item, ComparedResponses) else {"Response": item}
+
+
+def as_responses(items: Sequence[Rewarded]) -> list[RewardedResponse]:
     """Every response of a list, of a pair the chosen one first."""
-    return [
-        response
-        for item in items
-        for response in ([item.chosen, item.rejected] if isinstance(item, RewardedPair) else [item])
-    ]
+    return [response for item in items for response in named_responses(item).values()]

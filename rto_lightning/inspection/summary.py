@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rto_lightning.evaluation.ranking import PairRecords, ranking_accuracies
+from rto_lightning.algorithms import PairRecords, ranking_accuracies
 from rto_lightning.inspection.correlation import clustered_correlation
 from rto_lightning.inspection.responses import RewardedPair, RewardedResponse, as_responses
 from rto_lightning.inspection.tables import add_pairs, prompt_clusters
@@ -17,6 +17,7 @@ class RewardSummary:
         self.items = 0
         """Responses and pairs so far."""
         self._tokens = 0
+        self._cut = 0
         self._totals: list[float] = []
         self._scores: list[float] = []
         self._clusters: list[int] = []
@@ -27,6 +28,7 @@ class RewardSummary:
         self.items += len(items)
         responses = as_responses(items)
         self._tokens += sum(len(response.rewards) for response in responses)
+        self._cut += sum(not response.special[-1] for response in responses)
         self._totals += [response.total for response in responses]
         self._scores += [response.score for response in responses if response.score is not None]
         self._clusters += prompt_clusters(responses)
@@ -42,6 +44,8 @@ class RewardSummary:
             "tokens": f"{self._tokens:,}",
             "mean sum of a response": f"{sum(self._totals) / count:+.3f}",
         }
+        if self._cut:
+            facts["responses without a stop token, cut off"] = f"{self._cut:,}"
         if self._scores:
             totals, scores = torch.tensor(self._totals, dtype=torch.float64), torch.tensor(self._scores)
             correlation = clustered_correlation(totals, scores, torch.tensor(self._clusters))

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rto_lightning.algorithms import clustered_mean_interval
-from rto_lightning.evaluation.ranking import PairRecords, ranking_accuracies
+from rto_lightning.algorithms import PairRecords, clustered_mean_interval, ranking_accuracies
 from rto_lightning.inspection.pieces import spans
 from rto_lightning.inspection.responses import RewardedPair, RewardedResponse
 

@@ -15,7 +15,7 @@ from transformers import masking_utils
 
 from rto_lightning.backbone.decoding import evaluating
 from rto_lightning.backbone.divergence import gather_divergence
-from rto_lightning.backbone.kv_cache import build_cache
+from rto_lightning.backbone.kv_cache import build_cache, cache_argument
 from rto_lightning.backbone.logprobs import gather_logprobs
 from rto_lightning.memory.live_bytes import LiveBytes, tensor_bytes
 from rto_lightning.memory.shapes import BASE, StageShapes
@@ -146,7 +146,8 @@ def _forward_bytes(shapes: StageShapes, part: Forward, workload: Workload) -> in
     """The most that is alive at a time beside weights and gradients."""
     with shapes.fake:
         ids = torch.empty(part.rows, workload.tokens, dtype=torch.int64)
-        with LiveBytes(shapes.weights()) as live, shapes.play(part.role) as model:
+        live = LiveBytes(shapes.weights())
+        with live, shapes.play(part.role) as model:
             with _autocast(workload), torch.set_grad_enabled(part.backward):
                 loss: Any = _read(shapes, part, model, ids, workload)
             if part.backward:
@@ -233,7 +234,8 @@ def _rollout_bytes(shapes: StageShapes, part: Rollout, workload: Workload) -> di
         cache: Any = build_cache(model.config, tokens)
         decoder, output_layer = model.get_decoder(), model.get_output_embeddings()
         with LiveBytes(shapes.weights()) as first:
-            read = {"attention_mask": mask, "position_ids": mask.cumsum(-1) - 1, "past_key_values": cache}
+            read = {"attention_mask": mask, "position_ids": mask.cumsum(-1) - 1}
+            read[str(cache_argument(decoder, cache))] = cache
             hidden = decoder(input_ids=ids, use_cache=True, **read).last_hidden_state[:, -1].contiguous()
             logits = output_layer(hidden)
             if prompts < part.rows:

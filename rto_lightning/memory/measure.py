@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from rto_lightning.memory.parallelism import Parallelism
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # see proc_pid_clear_refs(5)
@@ -55,6 +57,14 @@ def available_bytes(device: torch.device) -> int | None:
     free_bytes = _machine_free_bytes()
     limits = [room for room in (free_bytes, _cgroup_free_bytes()) if room is not None]
     return min(limits) + resident_bytes() if limits else None
+
+
+def available_to_process(device: torch.device, parallelism: Parallelism) -> int | None:
+    """As :func:`available_bytes`; the processes of a machine share its memory, but not its GPUs."""
+    available = available_bytes(device)
+    if available is None or device.type != "cpu":
+        return available
+    return available // (parallelism.processes // parallelism.nodes)
 
 
 def _machine_free_bytes() -> int | None:

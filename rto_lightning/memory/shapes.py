@@ -20,7 +20,7 @@ from rto_lightning.backbone.adapters import AdapterBank
 from rto_lightning.backbone.heads import ScalarHead
 from rto_lightning.backbone.loading import switch_dropout_off
 from rto_lightning.backbone.model_files import check_source
-from rto_lightning.errors import UserError
+from rto_lightning.errors import UserError, first_line
 from rto_lightning.memory.live_bytes import tensor_bytes
 from rto_lightning.memory.workload import RoleWeights, Workload
 
@@ -67,9 +67,13 @@ class StageShapes:
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The weights of a role's own: adapter or model, and head."""
         role = self.roles[name]
-        own = {"adapter": lambda: self.bank.parameters(name), "model": lambda: list(self.models[name].parameters())}
+        own: list[nn.Parameter] = []
+        if role.kind == "adapter":
+            own = self.bank.parameters(name)
+        elif role.kind == "model":
+            own = list(self.models[name].parameters())
         head = list(self.heads[name].parameters()) if name in self.heads else []
-        return [*own.get(role.kind, list)(), *head]
+        return [*own, *head]
 
     def base_bytes(self) -> int:
         """Bytes of the base model without adapters; 0 if it is not held."""
@@ -164,9 +168,8 @@ def read_config(source: str, settings: BackboneSettings | None = None) -> Any:
     try:
         return AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"the memory plan needs the config.json of {source} ({reason}); name a local folder that has it."
+            f"the memory plan needs the config.json of {source} ({first_line(error)}); name a local folder that has it."
         ) from error
 
 
@@ -203,10 +206,12 @@ def layers_are_alike(config: Any, settings: BackboneSettings | None = None) -> b
 
 
 def _count_weights(config: Any, depth: int | None, settings: BackboneSettings | None) -> int:
-    kind = AutoModelForCausalLM if settings is not None else AutoModelForSequenceClassification
-    trust = settings is not None and settings.trust_remote_code
+    config = shortened(config, depth)
     with torch.device("meta"):
-        model = kind.from_config(shortened(config, depth), trust_remote_code=trust)
+        if settings is None:
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        else:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
     return sum(weight.numel() for weight in model.parameters())
 
 
@@ -249,7 +254,7 @@ def _allocate(module: nn.Module, compute_dtype: torch.dtype) -> None:
         for name, weight in _named(child._parameters):
             if id(weight) not in made:
                 quantized = name == "weight" and type(child).__name__ == "Linear4bit"
-                made[id(weight)] = _quantized(child, compute_dtype) if quantized else _empty_like(weight)
+                made[id(weight)] = quantized_weight(child, compute_dtype) if quantized else _empty_like(weight)
             child._parameters[name] = made[id(weight)]
         for name, buffer in _named(child._buffers):
             child._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -263,8 +268,13 @@ def _empty_like(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), requires_grad=weight.requires_grad)
 
 
-def _quantized(layer: Any, dtype: torch.dtype) -> nn.Parameter:
-    """The weight of a bitsandbytes layer after NF4 quantization with double quantization."""
+def quantized_weight(layer: Any, dtype: torch.dtype) -> nn.Parameter:
+    """The weight of a bitsandbytes `Linear4bit` after NF4 quantization with double quantization, (⌈weights / 2⌉, 1).
+
+    Args:
+        layer: has `in_features` and `out_features`.
+        dtype: in which its product is computed.
+    """
     from bitsandbytes.functional import QuantState
 
     count = layer.in_features * layer.out_features

@@ -17,7 +17,7 @@ from rto_lightning.memory.workload import (
     Workload,
 )
 from rto_lightning.modules import PreferenceModule, RewardModelModule, RTOModule, SFTModule, StageModule
-from rto_lightning.modules.scoring import samples_exactly
+from rto_lightning.modules.reading import reads_while_sampling
 from rto_lightning.rollout import RolloutSettings
 
 
@@ -96,11 +96,9 @@ def _rto(module: RTOModule, data: PromptDataModule, precision: str, parallelism:
     minibatch = parallelism.share(ppo.minibatch_size or of_all, "ppo.minibatch_size")
     held_out = data.eval_batch_size if data.sources["validation"] is not None else 0
     update_rows = min(ppo.microbatch_size, minibatch)
-    scoring_rows = min(ppo.scoring_batch_size or 2 * ppo.microbatch_size, max(samples, held_out))
+    scoring_rows = min(module.scoring_batch_size, max(samples, held_out))
     own_engine = rollout.engine == "vllm"
-    keeps = False if own_engine else ppo.sampling_logprobs
-    if keeps is None:
-        keeps = samples_exactly(settings.frozen_dtype, settings.quantization is not None, precision)
+    keeps = not own_engine and reads_while_sampling(ppo.sampling_logprobs, settings, precision)
     roles, outside = roles_of(module), outside_models_of(module)
     rollouts = _rollouts(rollout, samples, held_out, keeps)
     sampled = max(part.rows for part in rollouts)

@@ -1,9 +1,9 @@
 """The stages as LightningModules: SFT, preference (DPO), reward model, RTO. They order events; others do the maths."""
 
-from rto_lightning.modules.dumps import replay
 from rto_lightning.modules.numerics import NumericsSettings
 from rto_lightning.modules.pair_logprobs import PairLogprobs, cached_pair_logprobs
-from rto_lightning.modules.preference import PreferenceModule
+from rto_lightning.modules.preference import Answers, PreferenceModule
+from rto_lightning.modules.replay import replay
 from rto_lightning.modules.reward_model import RewardModelModule
 from rto_lightning.modules.rto import RTOModule
 from rto_lightning.modules.schedules import CosineWithWarmup
@@ -11,6 +11,7 @@ from rto_lightning.modules.sft import SFTModule
 from rto_lightning.modules.stage import StageModule
 
 __all__ = [
+    "Answers",
     "CosineWithWarmup",
     "NumericsSettings",
     "PairLogprobs",

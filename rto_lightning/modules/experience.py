@@ -81,8 +81,8 @@ class Experience(ScoredTrajectory):
         result = super().metrics()
         if self.values is not None:
             result |= {
-                "value/mean": masked_mean(self.values, self.mask),
-                "value/error": masked_mean((self.values - self.returns).abs(), self.mask),
-                "value/explained_variance": explained_variance(self.values, self.returns, self.mask),
+                "critic/value": masked_mean(self.values, self.mask),
+                "critic/error": masked_mean((self.values - self.returns).abs(), self.mask),
+                "critic/explained_variance": explained_variance(self.values, self.returns, self.mask),
             }
         return result

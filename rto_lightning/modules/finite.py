@@ -71,7 +71,8 @@ def experience_tensors(experience: Experience, sources: Sequence[str], own: bool
 
 def losses(metrics: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     """The losses among the metrics of a minibatch."""
-    return [(f"the {kind} loss", metrics[f"{kind}/loss"]) for kind in ("policy", "value") if f"{kind}/loss" in metrics]
+    names = {"policy/loss": "the policy loss", "critic/loss": "the value loss"}
+    return [(name, metrics[key]) for key, name in names.items() if key in metrics]
 
 
 def gradients(module: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[tuple[str, Tensor]]:

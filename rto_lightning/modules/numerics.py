@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rto_lightning.backbone import Message
@@ -41,7 +41,7 @@ MOST_DUMPS = 10
 """Files in the folder of dumps from which on a step that is left out writes none."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class NumericsSettings:
     """What happens when a loss, reward, value, advantage or gradient is NaN or infinite. No weight is trained on it."""
 

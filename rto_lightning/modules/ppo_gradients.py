@@ -126,8 +126,8 @@ class _ValueMetrics:
     def result(self, tokens: Tensor) -> dict[str, Tensor]:
         """Metrics of a minibatch with that many response tokens on all ranks."""
         return {
-            "value/loss": sum_over_ranks(self.loss),
-            "value/clip_fraction": sum_over_ranks(self.clipped) / tokens,
+            "critic/loss": sum_over_ranks(self.loss),
+            "critic/clip_fraction": sum_over_ranks(self.clipped) / tokens,
         }
 
 

@@ -92,12 +92,12 @@ def ppo_update(
                 metrics["policy/gradient_norm"] = norm
                 policy_steps += taken
         if critic is not None:
-            if "value/loss" not in metrics:
+            if "critic/loss" not in metrics:
                 metrics |= accumulate_value_gradients(
                     backbone, experience, rows, ppo, backward, head_only=value_coefficient is not None
                 )
             norm = _gradient_norm(backbone, "critic", ppo.critic_gradient_clip_val)
-            _step(critic, passes("critic", rows, {"value/loss": metrics["value/loss"]}, norm), counted=last)
+            _step(critic, passes("critic", rows, {"critic/loss": metrics["critic/loss"]}, norm), counted=last)
             metrics["critic/gradient_norm"] = norm
         history.append(metrics)
     if stopped and critic is None:

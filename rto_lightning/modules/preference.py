@@ -10,10 +10,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from rto_lightning.algorithms import (
+    PairRecords,
     PreferenceLoss,
     dpo_loss,
     ipo_loss,
     masked_sum,
+    ranking_accuracies,
     rdpo_loss,
     simpo_loss,
     tdpo1_loss,
@@ -22,7 +24,6 @@ from rto_lightning.algorithms import (
 from rto_lightning.backbone import BackboneSettings
 from rto_lightning.data import PreferenceBatch
 from rto_lightning.errors import UserError
-from rto_lightning.evaluation import PairRecords, ranking_accuracies
 from rto_lightning.modules.numerics import NumericsSettings
 from rto_lightning.modules.pair_logprobs import PairLogprobs
 from rto_lightning.modules.reference_cache import cached_reference, check_cacheable
@@ -35,7 +36,7 @@ OWN_SETTINGS = {"dpo": "label_smoothing", "rdpo": "length_coefficient", "simpo":
 
 
 @dataclass(frozen=True)
-class _Answers:
+class Answers:
     """What the losses read of the chosen, then of the rejected answers of a batch, (2B,) each."""
 
     policy: Tensor
@@ -96,7 +97,7 @@ class PreferenceModule(StageModule):
         reference_cache: str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
-        numerics: NumericsSettings = NumericsSettings(),  # noqa: B008
+        numerics: NumericsSettings = NumericsSettings(),
     ) -> None:
         super().__init__(backbone, trained, optimizer, lr_scheduler, numerics)
         self.loss = loss
@@ -192,6 +193,28 @@ class PreferenceModule(StageModule):
             settings[OWN_SETTINGS[self.loss]] = getattr(self, OWN_SETTINGS[self.loss])
         return settings
 
+    def preference_loss(self, answers: Answers) -> PreferenceLoss:
+        """The loss and the implicit rewards of B pairs, for a subclass to replace.
+
+        Args:
+            answers: what the roles say of the 2B answers, B chosen ones and then B rejected ones. `reference` is None
+                where `simpo` trains, and `kl` is there for `tdpo1` and `tdpo2` alone.
+        """
+        if self.loss == "simpo":
+            return simpo_loss(*_pair(answers.policy / answers.lengths), self.beta, self.margin)
+        assert answers.reference is not None
+        logprobs = (*_pair(answers.policy), *_pair(answers.reference))
+        if self.loss == "dpo":
+            return dpo_loss(*logprobs, self.beta, self.label_smoothing)
+        if self.loss == "ipo":
+            return ipo_loss(*logprobs, self.beta)
+        if self.loss == "rdpo":
+            return rdpo_loss(*logprobs, *_pair(answers.lengths), self.beta, self.length_coefficient)
+        assert answers.kl is not None
+        if self.loss == "tdpo1":
+            return tdpo1_loss(*logprobs, *_pair(answers.kl), self.beta)
+        return tdpo2_loss(*logprobs, *_pair(answers.kl), self.beta, self.kl_coefficient)
+
     # Inside -----------------------------------------------------------------------------------------------------
 
     def _check_settings(self) -> None:
@@ -224,9 +247,9 @@ class PreferenceModule(StageModule):
             assert self.reference_cache is not None
             self._references |= cached_reference(self, self.reference_cache, splits)
 
-    def _compare(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, _Answers, PreferenceLoss]:
+    def _compare(self, batch: PreferenceBatch, split: str) -> tuple[Tensor, Answers, PreferenceLoss]:
         answers = self._read(batch, split)
-        result = self._preference_loss(answers)
+        result = self.preference_loss(answers)
         loss = result.losses.mean()
         margins = result.chosen_rewards - result.rejected_rewards
         metrics = {
@@ -245,7 +268,7 @@ class PreferenceModule(StageModule):
             self.log_mean(f"{split}/{name}", value, len(batch), shown=name in shown)
         return loss, answers, result
 
-    def _read(self, batch: PreferenceBatch, split: str) -> _Answers:
+    def _read(self, batch: PreferenceBatch, split: str) -> Answers:
         sequences, mask = batch.sequences, batch.sequences.response_mask
         kl: Tensor | None = None
         reference: Tensor | None = None
@@ -258,28 +281,12 @@ class PreferenceModule(StageModule):
                 with torch.no_grad():
                     reference, _ = self.backbone.token_logprobs("reference", sequences)
             policy, _ = self.backbone.token_logprobs(self.trained_role, sequences)
-        return _Answers(
+        return Answers(
             policy=masked_sum(policy, mask, dim=1),
             reference=None if reference is None else masked_sum(reference, mask, dim=1),
             kl=None if kl is None else masked_sum(kl, mask, dim=1),
             lengths=sequences.response_lengths,
         )
-
-    def _preference_loss(self, answers: _Answers) -> PreferenceLoss:
-        if self.loss == "simpo":
-            return simpo_loss(*_pair(answers.policy / answers.lengths), self.beta, self.margin)
-        assert answers.reference is not None
-        logprobs = (*_pair(answers.policy), *_pair(answers.reference))
-        if self.loss == "dpo":
-            return dpo_loss(*logprobs, self.beta, self.label_smoothing)
-        if self.loss == "ipo":
-            return ipo_loss(*logprobs, self.beta)
-        if self.loss == "rdpo":
-            return rdpo_loss(*logprobs, *_pair(answers.lengths), self.beta, self.length_coefficient)
-        assert answers.kl is not None
-        if self.loss == "tdpo1":
-            return tdpo1_loss(*logprobs, *_pair(answers.kl), self.beta)
-        return tdpo2_loss(*logprobs, *_pair(answers.kl), self.beta, self.kl_coefficient)
 
 
 def _pair(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rto_lightning.backbone import Message, PolicyBackbone, Sequences
+from rto_lightning.backbone import BackboneSettings, Message, PolicyBackbone, Sequences
+from rto_lightning.modules.experience import PolicyReading
 from rto_lightning.rewards import RewardSource, WeightedScores
 from rto_lightning.rollout import Trajectory
 
@@ -24,6 +25,25 @@ class TrajectoryReader:
     def __init__(self, backbone: PolicyBackbone, batch_size: int) -> None:
         self.backbone = backbone
         self.batch_size = batch_size
+
+    def policy(
+        self, role: str, trajectory: Trajectory, temperature: float, value_role: str | None = None
+    ) -> PolicyReading:
+        """What the policy says of its responses: as kept by the rollout, or by a forward over them.
+
+        Args:
+            role: whose responses they are.
+            trajectory: B prompts with a response each.
+            temperature: at which they were sampled.
+            value_role: a role whose value head sits on the hidden states of `role`; None reads no values.
+        """
+        logprobs, entropies, values = trajectory.logprobs, trajectory.entropies, trajectory.values
+        has_values = value_role is None or values is not None
+        if trajectory.role == role and logprobs is not None and entropies is not None and has_values:
+            return PolicyReading(logprobs, entropies, values)
+        if value_role is not None:
+            return PolicyReading(*self.logprobs_entropy_and_values(role, value_role, trajectory, temperature))
+        return PolicyReading(*self.logprobs_and_entropy(role, trajectory, temperature))
 
     def logprobs(self, role: str, trajectory: Trajectory, temperature: float = 1.0) -> Tensor:
         """Log-probability of each response token, (B, T), nats."""
@@ -75,6 +95,24 @@ class TrajectoryReader:
         batches = by_length(trajectory.sequences).split(self.batch_size)
         parts = [read(trajectory.sequences.rows(rows)) for rows in batches]
         return tuple(_in_order(tensors, batches) for tensors in zip(*parts, strict=True))
+
+
+def reads_while_sampling(sampling_logprobs: bool | None, backbone: BackboneSettings, precision: str) -> bool:
+    """Whether the sampling forwards stand for the policy's own reading of its responses.
+
+    Args:
+        sampling_logprobs: the setting `ppo.sampling_logprobs`; None is where that is exact but for rounding, about
+            1e-6. Rounded to 16 bits the two differ by about 0.04 nats a token, since they add in another order;
+            rounded to the 10 bits of TF32 (`torch.set_float32_matmul_precision`) they may differ as much.
+        backbone: says in what the frozen weights are held.
+        precision: the trainer's.
+    """
+    if sampling_logprobs is not None:
+        return sampling_logprobs
+    if backbone.quantization is not None or precision not in ("32-true", "64-true"):
+        return False
+    whole_products = torch.get_float32_matmul_precision() == "highest"
+    return backbone.frozen_dtype == torch.float64 or (backbone.frozen_dtype == torch.float32 and whole_products)
 
 
 def by_length(sequences: Sequences, rows: Tensor | None = None) -> Tensor:

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rto_lightning.algorithms import bradley_terry_loss
 from rto_lightning.backbone import BackboneSettings, RoleCard
 from rto_lightning.data import PreferenceBatch
-from rto_lightning.errors import UserError
+from rto_lightning.errors import UserError, check_settings
 from rto_lightning.modules.numerics import NumericsSettings
 from rto_lightning.modules.score_statistics import collect_scores
 from rto_lightning.modules.stage import StageModule
@@ -20,7 +20,7 @@ from rto_lightning.rollout import RolloutSettings, Trajectory, TransformersEngin
 from rto_lightning.seeding import run_seed
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScoreStatisticsSettings:
     """How mean and standard deviation of the scores are measured when training ends."""
 
@@ -28,6 +28,10 @@ class ScoreStatisticsSettings:
     """Answers of the reference policy to score; 0 measures nothing and leaves it to RTO."""
     max_new_tokens: int = 256
     """Length limit of those answers; take that of the RTO stage."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for values that no run can use."""
+        check_settings("model.score_statistics", self, positive=("max_new_tokens",), not_negative=("samples",))
 
 
 class RewardModelModule(StageModule):
@@ -53,10 +57,10 @@ class RewardModelModule(StageModule):
         self,
         backbone: BackboneSettings,
         trained: str | None = None,
-        score_statistics: ScoreStatisticsSettings = ScoreStatisticsSettings(),  # noqa: B008
+        score_statistics: ScoreStatisticsSettings = ScoreStatisticsSettings(),
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
-        numerics: NumericsSettings = NumericsSettings(),  # noqa: B008
+        numerics: NumericsSettings = NumericsSettings(),
     ) -> None:
         super().__init__(backbone, trained, optimizer, lr_scheduler, numerics)
         self.score_statistics = score_statistics

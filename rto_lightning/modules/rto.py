@@ -5,11 +5,13 @@ be called from a notebook, the third needs the trainer's optimizers. `global_ste
 count iterations: of all optimizer steps of an iteration only the last goes through Lightning's wrapper, which counts.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rto_lightning.algorithms import adaptive_kl_coefficient, estimate_advantages, whiten
@@ -21,16 +23,14 @@ from rto_lightning.modules.gathering import gather_scored
 from rto_lightning.modules.numerics import IterationGuard, NumericsSettings
 from rto_lightning.modules.phases import Phases
 from rto_lightning.modules.ppo_update import minibatches, ppo_update
-from rto_lightning.modules.reading import TrajectoryReader
 from rto_lightning.modules.rewarded_rollouts import RewardedRollouts
-from rto_lightning.modules.rto_inputs import check_inputs, reward_sources
-from rto_lightning.modules.rto_roles import add_critic, add_dpo, add_policy_average, average_policy, scale_critic
+from rto_lightning.modules.rto_inputs import check_training, reward_sources
+from rto_lightning.modules.rto_roles import add_critic, add_policy_average, average_policy, scale_critic
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
-from rto_lightning.modules.scoring import read_policy, weigh_for_engine
+from rto_lightning.modules.scoring import weigh_for_engine
 from rto_lightning.parallel import ranks
-from rto_lightning.rewards import RewardServiceSettings, WeightedReward, WeightedScores, make_scores
-from rto_lightning.rollout import RolloutSettings, Trajectory, build_engine
-from rto_lightning.seeding import run_seed
+from rto_lightning.rewards import RewardServiceSettings, WeightedReward
+from rto_lightning.rollout import RolloutSettings, Trajectory
 from rto_lightning.strategies import local_gradients
 
 
@@ -76,74 +76,66 @@ class RTOModule(RewardedRollouts):
         reward: str | None = None,
         reward_function: str | None = None,
         reward_url: list[str] | str | None = None,
-        reward_service: RewardServiceSettings = RewardServiceSettings(),  # noqa: B008
+        reward_service: RewardServiceSettings = RewardServiceSettings(),
         more_rewards: list[WeightedReward] | None = None,
-        rollout: RolloutSettings = RolloutSettings(),  # noqa: B008
-        rewards: RewardSettings = RewardSettings(),  # noqa: B008
-        ppo: PPOSettings = PPOSettings(),  # noqa: B008
-        critic: CriticSettings = CriticSettings(),  # noqa: B008
+        rollout: RolloutSettings = RolloutSettings(),
+        rewards: RewardSettings = RewardSettings(),
+        ppo: PPOSettings = PPOSettings(),
+        critic: CriticSettings = CriticSettings(),
         ema_decay: float | None = None,
         policy_optimizer: OptimizerCallable = torch.optim.AdamW,
         critic_optimizer: OptimizerCallable = torch.optim.AdamW,
         policy_scheduler: LRSchedulerCallable | None = None,
         critic_scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
-        numerics: NumericsSettings = NumericsSettings(),  # noqa: B008
+        numerics: NumericsSettings = NumericsSettings(),
     ) -> None:
-        super().__init__(backbone, trained, policy_optimizer, policy_scheduler, numerics)
-        self.guard: IterationGuard = IterationGuard(numerics)
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise UserError(f"model.ema_decay is {ema_decay}; set it between 0 and 1, or to null.")
         first = (reward, reward_function, reward_url, reward_service)
-        self.sources = reward_sources(*first, more_rewards or [], rewards.beta_3)
-        check_inputs(dpo, self.sources, rewards, ppo, critic)
+        super().__init__(
+            backbone=backbone,
+            trained=trained,
+            dpo=dpo,
+            dpo_reference=dpo_reference,
+            sources=reward_sources(*first, more_rewards or [], rewards.beta_3),
+            rollout=rollout,
+            rewards=rewards,
+            sampling_logprobs=ppo.sampling_logprobs,
+            scoring_batch_size=ppo.scoring_batch_size or 2 * ppo.microbatch_size,
+            optimizer=policy_optimizer,
+            lr_scheduler=policy_scheduler,
+            seed=seed,
+            numerics=numerics,
+        )
+        check_training(self.sources, rewards, ppo, critic)
         rollout.check(rewards.min_response_tokens, ppo.sampling_logprobs, ppo.importance_weight_cap)
+        self.guard: IterationGuard = IterationGuard(numerics)
         self.automatic_optimization = False
-        self.dpo, self.dpo_reference = dpo, dpo_reference
-        self.rollout_settings, self.rewards, self.ppo, self.critic = rollout, rewards, ppo, critic
-        self.ema_decay = ema_decay
+        self.ppo, self.critic, self.ema_decay = ppo, critic, ema_decay
         self.critic_optimizer, self.critic_scheduler = critic_optimizer, critic_scheduler
-        self.seed = run_seed(seed)
         self.phases = Phases()
-        self.scores: WeightedScores | None = None
         self._schedulers: dict[str, Any] = {}
-        self.register_buffer("kl_coefficient", torch.tensor(rewards.beta_2, dtype=torch.float64))
-        self.kl_coefficient: Tensor
         self.last_rollout: tuple[Trajectory, list[list[Message]]]
         """This rank's responses of the last iteration and the messages of their prompts, for callbacks."""
+        self.last_experience: Experience
+        """The samples of all ranks in the last iteration and what they were trained on, for callbacks."""
 
-    # Roles -----------------------------------------------------------------------------------------------------
+    # Roles and optimizers --------------------------------------------------------------------------------------
 
-    def add_roles(self) -> None:
-        """Add reference and policy."""
-        self.add_reference()
-        if self.settings.init is not None and self.trained is None:
-            self.backbone.copy_role("reference", "policy", trainable=True)
-        else:
-            self.add_policy()
-        self.engine = build_engine(self.backbone, self.rollout_settings)
-        self.reader = TrajectoryReader(self.backbone, self.ppo.scoring_batch_size or 2 * self.ppo.microbatch_size)
+    def setup(self, stage: str) -> None:
+        """As :meth:`RewardedRollouts.setup`; raises UserError also for rollouts that cannot be trained on."""
+        super().setup(stage)
+        if stage == "fit":
+            self.ppo.check_group(self.rollout_settings.responses_per_prompt)
 
     def add_roles_of_task(self) -> None:
-        """Add the roles that the trainer's task needs: `predict` scores nothing."""
+        """Add the moving average of the policy, the roles that reward, and in training the critic."""
         if self.ema_decay is not None and "policy_average" not in self.backbone.roles:
             add_policy_average(self.backbone)
-        if self._trainer is None or not self.trainer.predicting:
-            self._add_reward_roles()
-        if self._trainer is None or self.trainer.training:
-            self._add_training_roles()
-
-    def _add_reward_roles(self) -> None:
-        if self.rewards.beta_1 != 0 and "dpo" not in self.backbone.roles:
-            assert self.dpo is not None
-            add_dpo(self.backbone, self.dpo, self.dpo_reference, self.init_fingerprint)
-        if self.rewards.beta_3 != 0 and self.scores is None:
-            self.scores = make_scores(self.backbone, self.sources, self.rewards.normalize_score)
-            if (card := self.backbone.cards.get("policy")) is not None:
-                self.scores.restore(card.settings.get("score_statistics", {}))
-
-    def _add_training_roles(self) -> None:
-        if self.ppo.has_critic and "critic" not in self.backbone.roles:
+        super().add_roles_of_task()
+        is_training = self._trainer is None or self.trainer.training
+        if is_training and self.ppo.has_critic and "critic" not in self.backbone.roles:
             add_critic(self.backbone, self.critic)
             if self.scores is not None:
                 scale_critic(self.backbone, self.critic, self.scores, self.rewards.beta_3)
@@ -153,16 +145,10 @@ class RTOModule(RewardedRollouts):
         """The policy, or its moving average."""
         return "policy_average" if "policy_average" in self.backbone.roles else "policy"
 
-    def setup(self, stage: str) -> None:
-        """As :meth:`StageModule.setup`; raises UserError also for rollouts that cannot be made or trained on."""
-        super().setup(stage)
-        self.rollout_settings.check_engine(training=stage == "fit")
-        if stage == "fit":
-            self.ppo.check_group(self.rollout_settings.responses_per_prompt)
-
-    def teardown(self, stage: str) -> None:
-        """Give back what the rollout engine holds."""
-        self.engine.close()
+    @property
+    def value_role(self) -> str | None:
+        """The critic, if it is there and read off the policy's own forward."""
+        return "critic" if self.critic.shared and "critic" in self.backbone.roles else None
 
     def named_optimizers(self) -> dict[str, OptimizerCallable]:
         """As :meth:`StageModule.named_optimizers`."""
@@ -181,8 +167,34 @@ class RTOModule(RewardedRollouts):
 
     def on_fit_start(self) -> None:
         """Check the batch size; measure score statistics if neither a role nor a checkpoint brought them."""
-        self.ppo.check(self._datamodule.batch_size * self.rollout_settings.responses_per_prompt, ranks())
-        self._measure_if_needed(self._first_epoch, shared_out=True)
+        samples = self._datamodule.batch_size * self.rollout_settings.responses_per_prompt
+        self.ppo.check(samples, ranks())
+        self.rewards.check(samples)
+        if not self.trainer.strategy.restore_checkpoint_after_setup:
+            self.ensure_score_statistics()
+
+    def on_train_start(self) -> None:
+        """Measure score statistics under FSDP, which reads a checkpoint only after `on_fit_start`."""
+        self.ensure_score_statistics()
+
+    def on_validation_start(self) -> None:
+        """Measure score statistics, if they are unknown; in `fit`, where a sanity check comes first, as training."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.ensure_score_statistics()
+        else:
+            super().on_validation_start()
+
+    def ensure_score_statistics(self) -> None:
+        """Measure score statistics on the training prompts, if neither a role nor a checkpoint brought them."""
+        self.measure_if_needed(self._first_epoch, shared_out=True)
+
+    def measure_score_statistics(self, batches: Iterable[PromptBatch], shared_out: bool = False) -> None:
+        """As :meth:`RewardedRollouts.measure_score_statistics`; a critic that scores as the reward role follows."""
+        assert self.scores is not None
+        units_are_new = not self.scores.normalizer().ready
+        super().measure_score_statistics(batches, shared_out)
+        if units_are_new and self.critic.init == "reward" and "critic" in self.backbone.roles:
+            scale_critic(self.backbone, self.critic, self.scores, self.rewards.beta_3)
 
     # One iteration ------------------------------------------------------------------------------------------------
 
@@ -198,7 +210,7 @@ class RTOModule(RewardedRollouts):
             losses = self.update(experience, iteration)
             if self.ema_decay is not None:
                 average_policy(self.backbone, self.ema_decay)
-        self.last_rollout = trajectory, batch.messages
+        self.last_rollout, self.last_experience = (trajectory, batch.messages), experience
         samples = len(experience.mask)
         metrics: dict[str, Tensor | float] = {**experience.metrics(), **losses, **self.phases.finish(samples)}
         metrics["kl_coefficient"] = float(self.kl_coefficient)
@@ -221,8 +233,8 @@ class RTOModule(RewardedRollouts):
         """
         ppo, group_size = self.ppo, self.rollout_settings.responses_per_prompt
         self.guard.prompts = prompts
-        policy = read_policy(self.reader, "policy", trajectory, self._temperature, self._value_role)
-        scored = self._reward(trajectory, policy, prompts)
+        policy = self.reader.policy("policy", trajectory, self.read_temperature, self.value_role)
+        scored = self.reward_of(trajectory, policy, prompts)
         values = policy.values
         if ppo.has_critic and values is None:
             values = self.reader.values("critic", trajectory)

@@ -29,14 +29,8 @@ def check_even_rows(trainer: Trainer, together: bool) -> None:
         )
 
 
-def check_inputs(
-    dpo: str | None,
-    sources: Sequence[WeightedReward],
-    rewards: RewardSettings,
-    ppo: PPOSettings,
-    critic: CriticSettings,
-) -> None:
-    """Compare the roles that are named with what the coefficients of the reward ask for.
+def check_rewards(dpo: str | None, sources: Sequence[WeightedReward], rewards: RewardSettings) -> None:
+    """Compare what is named to reward with what the coefficients of the reward ask for.
 
     Raises:
         MissingInputError: if a folder does not exist.
@@ -58,6 +52,19 @@ def check_inputs(
             "rewards.beta_3 is not 0, which needs model.reward, model.reward_function or model.reward_url; set one, or "
             "beta_3 to 0."
         )
+    if not (rewards.beta_1 or rewards.beta_3 or rewards.truncation_penalty or rewards.short_penalty):
+        raise UserError("rewards.beta_1 and rewards.beta_3 are both 0, so that nothing is rewarded; set one of them.")
+
+
+def check_training(
+    sources: Sequence[WeightedReward], rewards: RewardSettings, ppo: PPOSettings, critic: CriticSettings
+) -> None:
+    """Compare the reward with how it is trained on, and what a critic starts from with what there is.
+
+    Raises:
+        MissingInputError: if a folder does not exist.
+        UserError: if two settings contradict each other.
+    """
     if rewards.granularity == "shaping" and ppo.gamma != 1:
         raise UserError(
             "rewards.granularity shaping leaves the return of a response unchanged only without discount, but "
@@ -72,6 +79,10 @@ def check_inputs(
         return
     if critic.shared:
         return
+    if critic.init == "reward" and rewards.beta_3 == 0:
+        raise UserError(
+            "critic.init is reward, but rewards.beta_3 is 0, so no reward role is loaded; set critic.init to policy."
+        )
     if critic.init == "reward" and (not saved or saved[0] is None):
         raise UserError(
             "critic.init is reward, but model.reward is no saved reward role; set critic.init to policy or to a folder."

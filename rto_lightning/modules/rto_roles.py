@@ -27,7 +27,9 @@ def add_dpo(backbone: PolicyBackbone, dpo: str, dpo_reference: str | None, init_
         backbone.add_role("dpo_reference", dpo_reference)
         return
     card = backbone.cards.get("dpo")
-    if card is not None and card.kind == "adapter" and card.init_fingerprint != init_fingerprint:
+    if card is None:  # of others, who say nothing of its reference
+        return
+    if card.init_fingerprint != init_fingerprint or card.base_fingerprint != backbone.fingerprint:
         raise UserError(
             f"the dpo role {dpo} was trained against another reference than this run's; set "
             "model.backbone.init as in its DPO run, or name that reference as model.dpo_reference."

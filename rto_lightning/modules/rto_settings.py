@@ -7,7 +7,7 @@ from rto_lightning.algorithms import GROUP_ESTIMATORS, WHITENED_ESTIMATORS, Esti
 from rto_lightning.errors import UserError, check_settings
 
 
-@dataclass
+@dataclass(frozen=True)
 class RewardSettings:
     """The reward of every token: r_t = beta_1 * log(dpo / reference) - beta_2 * KL + [t = last] * beta_3 * score."""
 
@@ -64,8 +64,16 @@ class RewardSettings:
                 "model.rewards.short_penalty and min_response_tokens do nothing without each other; set both or none."
             )
 
+    def check(self, samples: int) -> None:
+        """Raise UserError if an iteration of `samples` responses could move the KL coefficient to 0 or below."""
+        if self.kl_target is not None and samples >= 5 * self.kl_horizon:
+            raise UserError(
+                f"rewards.kl_horizon {self.kl_horizon} is too short for the {samples} responses of an iteration; set "
+                "it to more than a fifth of them."
+            )
 
-@dataclass
+
+@dataclass(frozen=True)
 class PPOSettings:
     """One PPO iteration: advantages, then `epochs` passes over the rollout in minibatches."""
 
@@ -161,7 +169,7 @@ class PPOSettings:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class CriticSettings:
     """What the critic is and where it starts."""
 

@@ -12,27 +12,6 @@ from rto_lightning.rewards import WeightedScores
 from rto_lightning.rollout import Trajectory
 
 
-def read_policy(
-    reader: TrajectoryReader, role: str, trajectory: Trajectory, temperature: float, value_role: str | None = None
-) -> PolicyReading:
-    """What the policy says of its responses: as kept by the rollout, or by a forward over them.
-
-    Args:
-        reader: reads the roles.
-        role: whose responses they are.
-        trajectory: B prompts with a response each.
-        temperature: at which they were sampled.
-        value_role: a role whose value head sits on the hidden states of `role`; None reads no values.
-    """
-    logprobs, entropies, values = trajectory.logprobs, trajectory.entropies, trajectory.values
-    has_values = value_role is None or values is not None
-    if trajectory.role == role and logprobs is not None and entropies is not None and has_values:
-        return PolicyReading(logprobs, entropies, values)
-    if value_role is not None:
-        return PolicyReading(*reader.logprobs_entropy_and_values(role, value_role, trajectory, temperature))
-    return PolicyReading(*reader.logprobs_and_entropy(role, trajectory, temperature))
-
-
 def score_trajectory(
     reader: TrajectoryReader,
     trajectory: Trajectory,
@@ -105,20 +84,3 @@ def weigh_for_engine(advantages: Tensor, scored: ScoredTrajectory, cap: float | 
     if cap is None or of_engine is None:
         return advantages
     return advantages * truncated_importance_weights(scored.logprobs, of_engine, scored.mask, cap)
-
-
-def samples_exactly(dtype: torch.dtype, quantized: bool, precision: str) -> bool:
-    """Whether the sampling forward gives the log-probabilities of the training forward but for rounding, about 1e-6.
-
-    Rounded to 16 bits the two differ by about 0.04 nats a token, since they add in another order; rounded to the 10
-    bits of TF32 (`torch.set_float32_matmul_precision`) they may differ as much.
-
-    Args:
-        dtype: data type of frozen weights.
-        quantized: whether those are held in 4 bits.
-        precision: the trainer's.
-    """
-    if quantized or precision not in ("32-true", "64-true"):
-        return False
-    whole_products = torch.get_float32_matmul_precision() == "highest"
-    return dtype == torch.float64 or (dtype == torch.float32 and whole_products)

@@ -11,6 +11,8 @@ from rto_lightning.parallel import ranks, sum_over_ranks
 class SFTModule(StageModule):
     """Maximum likelihood of the demonstrated responses; the loss is the mean over response tokens, in nats."""
 
+    stage_name = "sft"
+
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
         loss, logprobs = self._loss(batch, "train")

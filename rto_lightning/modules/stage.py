@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -40,7 +40,7 @@ class StageModule(LightningModule):
         numerics: What happens when something is NaN or infinite.
     """
 
-    stage_name = "sft"
+    stage_name: str
     trained_role = "policy"
     saved_as = "policy"
     backbone: PolicyBackbone
@@ -51,7 +51,7 @@ class StageModule(LightningModule):
         trained: str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
-        numerics: NumericsSettings = NumericsSettings(),  # noqa: B008
+        numerics: NumericsSettings = NumericsSettings(),
     ) -> None:
         super().__init__()
         self.guard = NumericsGuard(numerics)
@@ -63,7 +63,13 @@ class StageModule(LightningModule):
         if backbone.init is not None:
             check_init(backbone)
         if trained is not None:
-            role_folder(trained, self.saved_as, self.stage_name)
+            self._check_trained(role_folder(trained, self.saved_as, self.stage_name))
+
+    def _check_trained(self, folder: Path | None) -> None:
+        """Refuse a reward role where a policy is trained further, and anything else where a reward role is."""
+        card = RoleCard.read(folder) if folder is not None else None
+        if card is not None and "reward" in (self.saved_as, card.role):
+            card.check_kind(self.saved_as, str(self.trained))
 
     @property
     def saved_role(self) -> str:

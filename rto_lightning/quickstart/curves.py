@@ -1,13 +1,18 @@
-"""Learning curves of RTO and PPO runs: reading, over-optimization, drawing.
+"""Learning curves of RTO and PPO runs: reading, and what they say. Drawing them is in `curve_figures.py`.
 
 The functions on records take plain lists, so that they serve a notebook as well.
 """
 
-import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import yaml
+
+from rto_lightning.figures import moving_average
+from rto_lightning.runs.folder import config_files
+from rto_lightning.runs.metrics_file import read_metrics
 
 
 def read_curve(folder: str) -> list[dict[str, float]]:
@@ -17,18 +22,32 @@ def read_curve(folder: str) -> list[dict[str, float]]:
         folder: the stage's folder.
 
     Returns:
-        A record for each iteration, without what the stage does not log; none if it logged no gold reward.
+        A record for each iteration, without what the stage does not log; none if it logged no gold reward. `samples`
+        are the answers that were sampled until its end; it is there if the folder has the stage's settings.
     """
-    logged = sorted((Path(folder) / "metrics").glob("fit*/metrics.csv"), key=lambda path: path.stat().st_mtime)
-    if not logged:
+    rows = [row for row in read_metrics(folder) if row.get("train/gold")]
+    if not rows:
         return []
     names = {"gold": "train/gold", "score": "train/score", "kl": "train/kl"}
-    with logged[-1].open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("train/gold")]
-    return [
-        {"iteration": float(row["step"]) + 1, **{key: float(row[name]) for key, name in names.items() if row.get(name)}}
-        for row in rows
-    ]
+    samples = _samples_per_iteration(Path(folder))
+    curve = []
+    for row in rows:
+        iteration = float(row["step"]) + 1
+        counts = (
+            {"iteration": iteration} if samples is None else {"iteration": iteration, "samples": iteration * samples}
+        )
+        curve.append({**counts, **{key: float(row[name]) for key, name in names.items() if row.get(name)}})
+    return curve
+
+
+def _samples_per_iteration(folder: Path) -> int | None:
+    files = config_files(folder)
+    if not files:
+        return None
+    settings = yaml.safe_load(files[-1].read_text(encoding="utf-8"))
+    prompts: int = settings["data"]["init_args"]["batch_size"]
+    responses: int = settings["model"]["init_args"]["rollout"]["responses_per_prompt"]
+    return prompts * responses
 
 
 def over_optimization(
@@ -47,11 +66,11 @@ def over_optimization(
         window: iterations in the moving average.
         tolerance: fraction of the gain that may be lost again.
     """
-    points = [record for record in curve if _finite(record, "gold") and _finite(record, "score")]
+    points = finite_records(curve, "gold", "score")
     if len(points) < 2 * window:
         return None
-    gold = _moving_average([point["gold"] for point in points], window)
-    score = _moving_average([point["score"] for point in points], window)
+    gold = moving_average([point["gold"] for point in points], window)
+    score = moving_average([point["score"] for point in points], window)
     # Four standard errors of an average: the peak is the best of many, and so partly luck.
     gold_noise = 4.0 * _noise([point["gold"] for point in points]) / math.sqrt(window)
     score_noise = 4.0 * _noise([point["score"] for point in points]) / math.sqrt(window)
@@ -66,93 +85,35 @@ def over_optimization(
     )
 
 
-def _finite(record: Mapping[str, float], key: str) -> bool:
-    value = record.get(key)
-    return value is not None and math.isfinite(value)
+def smoothed(curve: Sequence[Mapping[str, float]], quantity: str, window: int = 5) -> list[dict[str, float]]:
+    """A quantity as moving averages, of the iterations that have it and as many as `window`, with where they end.
+
+    Args:
+        curve: records as of `read_curve`.
+        quantity: `gold`, `score` or `kl`.
+        window: iterations in an average; records of the first ones, which have no whole window, are left out.
+
+    Returns:
+        Records of the last iteration of each window, with the average in the place of the quantity.
+    """
+    points = finite_records(curve, quantity)
+    averages = moving_average([point[quantity] for point in points], window)
+    return [{**point, quantity: mean} for point, mean in zip(points[window - 1 :], averages, strict=True)]
 
 
-def _moving_average(values: Sequence[float], window: int) -> list[float]:
-    return [statistics.fmean(values[start : start + window]) for start in range(len(values) - window + 1)]
+def first_to_reach(
+    curve: Sequence[Mapping[str, float]], quantity: str, level: float, window: int = 5
+) -> dict[str, float] | None:
+    """The first record of :func:`smoothed` whose quantity is at least `level`; None if there is none."""
+    return next((record for record in smoothed(curve, quantity, window) if record[quantity] >= level), None)
+
+
+def finite_records(curve: Sequence[Mapping[str, float]], *quantities: str) -> list[Mapping[str, float]]:
+    """The records that have all these quantities, with numbers that are finite."""
+    return [record for record in curve if all(math.isfinite(record.get(name, math.nan)) for name in quantities)]
 
 
 def _noise(values: Sequence[float]) -> float:
     """Standard deviation of one value about a smooth curve, from second differences."""
     second = [values[i - 1] - 2.0 * values[i] + values[i + 1] for i in range(1, len(values) - 1)]
     return math.sqrt(statistics.fmean([value * value for value in second]) / 6.0) if second else 0.0
-
-
-# Okabe and Ito's palette, whose colours the colour-blind tell apart; dashes and markers say it once more. Their numbers
-# have no common divisor, so that 28 runs have lines of their own.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_DASHES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v")
-
-
-def plot_learning_curves(
-    path: str | Path,
-    curves: Mapping[str, Sequence[Mapping[str, float]]],
-    gold_levels: Mapping[str, float] | None = None,
-) -> None:
-    """Draw gold reward, reward-model score and KL against iterations, one line a run, and write a PNG.
-
-    More than four runs are drawn as moving averages over five iterations, since their noise would hide one another.
-
-    Args:
-        path: file to write, over an old one.
-        curves: for each run its records; a record may lack a quantity or hold nan for it.
-        gold_levels: horizontal lines in the gold panel, such as the SFT and the DPO policy.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot no window system is needed, and no figure of the caller's is touched.
-    many = len(curves) > 4
-    figure = Figure(figsize=(11.0, 4.6 if many else 3.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = (
-        ("gold", "gold reward", "gold reward (mean a response)"),
-        ("score", "reward-model score", "score (mean a response, r.m. units)"),
-        ("kl", "distance from the reference", "KL (nats a response)"),
-    )
-    axes = figure.subplots(1, len(panels))
-    for axis, (key, title, label) in zip(axes, panels, strict=True):
-        for number, (name, curve) in enumerate(curves.items()):
-            points = [record for record in curve if _finite(record, key)]
-            window = min(5, max(1, len(points))) if many else 1
-            axis.plot(
-                _moving_average([point["iteration"] for point in points], window),
-                _moving_average([point[key] for point in points], window),
-                label=name,
-                color=_COLOURS[number % len(_COLOURS)],
-                linestyle=_DASHES[number % len(_DASHES)],
-                marker=_MARKERS[number % len(_MARKERS)],
-                linewidth=1.8,
-                markersize=4.5,
-                markevery=max(1, len(points) // 8),
-            )
-        axis.set_title(title, fontsize=11)
-        axis.set_xlabel("PPO iteration")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    for level_name, level in (gold_levels or {}).items():
-        axes[0].axhline(level, color="0.45", linewidth=1.0, linestyle=(0, (1, 2)))
-        axes[0].annotate(
-            level_name,
-            (1.0, level),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 2),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color="0.35",
-        )
-    axes[-1].set_ylim(bottom=min(0.0, axes[-1].get_ylim()[0]))
-    if many:
-        handles, names = axes[1].get_legend_handles_labels()
-        figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=6)
-    else:
-        axes[1].legend(frameon=False, loc="lower right")  # where rising curves leave room
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

@@ -26,7 +26,7 @@ _CHAT_TEMPLATE = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class TinyModelSettings:
     """The size of the tiny language model."""
 

@@ -5,7 +5,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rto_lightning.backbone import Message
 from rto_lightning.errors import UserError
+from rto_lightning.quickstart.gold import GoldName, gold_reward
 from rto_lightning.quickstart.policies import PolicyEvaluation
 
 
@@ -16,6 +18,11 @@ class Estimate:
     mean: float
     error: float
     """Standard error of the mean; nan for a single prompt."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The interval of 95%, for a number of prompts at which the mean is normal, such as 30 and more."""
+        return self.mean - 1.96 * self.error, self.mean + 1.96 * self.error
 
     def __str__(self) -> str:
         return f"{self.mean:.2f} ± {self.error:.2f}"
@@ -118,3 +125,33 @@ def policy_table(rows: Sequence[PolicyRow], baseline: str = "SFT") -> str:
 
     rule = [":" + "-" * (widths[0] - 1)] + ["-" * (width - 1) + ":" for width in widths[1:]]
     return "\n".join([line(header), line(rule), *(line(values) for values in cells)])
+
+
+def answers_text(
+    prompts: Sequence[Sequence[Message]], answers: Mapping[str, Sequence[str]], gold: GoldName = "sum"
+) -> str:
+    """Answers of several policies to the same prompts, each behind its gold reward, as plain text.
+
+    Args:
+        prompts: P prompts of the quickstart.
+        answers: for each policy P answers.
+        gold: which gold reward.
+
+    Raises:
+        UserError: if a policy has another number of answers.
+    """
+    for name, texts in answers.items():
+        if len(texts) != len(prompts):
+            raise UserError(f"{name} has {len(texts)} answers to {len(prompts)} prompts; give one to each.")
+    width = max(map(len, answers), default=0)
+    paragraphs = (
+        "\n".join(
+            [prompt[-1]["content"]]
+            + [
+                f"  {name:<{width}}  {gold_reward(prompt, texts[row], gold):+5.2f}  {texts[row]}"
+                for name, texts in answers.items()
+            ]
+        )
+        for row, prompt in enumerate(prompts)
+    )
+    return "\n\n".join(paragraphs)

@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rto_lightning.backbone import Message
 from rto_lightning.errors import UserError
 from rto_lightning.modules import RTOModule
-from rto_lightning.quickstart.curves import over_optimization, plot_learning_curves, read_curve
+from rto_lightning.quickstart.curve_figures import plot_learning_curves
+from rto_lightning.quickstart.curves import over_optimization, read_curve
 from rto_lightning.quickstart.gold import GoldName, gold_reward
 from rto_lightning.quickstart.jsonl import read_jsonl
 from rto_lightning.quickstart.policies import Sampler, evaluate_policy, load_policies
@@ -16,6 +17,7 @@ from rto_lightning.quickstart.preferences import sample_preferences, write_prefe
 from rto_lightning.quickstart.report import policy_rows, policy_table
 from rto_lightning.quickstart.token_rewards import sample_rewarded_tokens, token_correlation, token_reward_text
 from rto_lightning.rollout import response_texts
+from rto_lightning.runs.folder import ROLE_FOLDER
 
 BASELINE = "SFT"
 CURVES = "learning_curves.png"
@@ -135,7 +137,7 @@ def report(
     policies = {"DPO": dpo, "PPO": ppo, "RTO": rto}
     messages = [row["prompt"] for row in read_jsonl(prompts)]
     paragraphs = _compare(output_dir, seed, model, messages, policies, max_new_tokens, answers_per_prompt, gold)
-    backbone = load_policies(model, {"dpo": str(Path(dpo) / "role")})
+    backbone = load_policies(model, {"dpo": str(Path(dpo) / ROLE_FOLDER)})
     rewarded = sample_rewarded_tokens(backbone, messages, answers_per_prompt, max_new_tokens, seed)
     correlation = token_correlation(*rewarded)
     agreement = f", correlation over all tokens {correlation:.2f}" if correlation is not None else ""
@@ -164,7 +166,7 @@ def _compare(
     evaluations = {BASELINE: evaluate_policy(load_policies(model), "reference", *options)}
     for name, folder in policies.items():
         # A backbone of its own for each, so that the memory does not grow with the policies.
-        backbone = load_policies(model, {"policy": str(Path(folder) / "role")})
+        backbone = load_policies(model, {"policy": str(Path(folder) / ROLE_FOLDER)})
         evaluations[name] = evaluate_policy(backbone, "policy", *options)
     rows = policy_rows(evaluations, BASELINE)
     curves = {name: curve for name, folder in policies.items() if (curve := read_curve(folder))}

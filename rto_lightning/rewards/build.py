@@ -15,7 +15,7 @@ from rto_lightning.rewards.source import RewardSource
 from rto_lightning.rewards.weighted import WeightedScores
 
 
-@dataclass
+@dataclass(frozen=True)
 class WeightedReward:
     """One of several sources of scores."""
 

@@ -1,7 +1,9 @@
 """Scores by a Python function."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -34,30 +36,59 @@ class FunctionReward:
 
     def score(self, prompts: list[list[Message]], trajectory: Trajectory) -> Tensor:
         """See :meth:`RewardSource.score`."""
-        responses = response_texts(trajectory, self.chat)
-        scores = [float(score) for score in self.function(prompts, responses)]
-        if len(scores) != len(prompts):
-            raise UserError(
-                f"{self.name} returned {len(scores)} scores for {len(prompts)} responses; it must return one for each."
-            )
+        scores = call_reward_function(self.name, self.function, prompts, response_texts(trajectory, self.chat))
         return torch.tensor(scores, dtype=torch.float32, device=trajectory.truncated.device)
+
+
+def call_reward_function(
+    name: str, function: RewardFunction, prompts: list[list[Message]], responses: list[str]
+) -> list[float]:
+    """The scores of B responses.
+
+    Args:
+        name: of the function, for errors.
+        function: the function.
+        prompts: B message lists.
+        responses: B texts.
+
+    Raises:
+        UserError: if it returns something else than B numbers.
+    """
+    returned = function(prompts, responses)
+    try:
+        scores = [float(score) for score in returned]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} returned what is no list of numbers ({error}); it must be one.") from error
+    if len(scores) != len(responses):
+        raise UserError(
+            f"{name} returned {len(scores)} scores for {len(responses)} responses; it must return one for each."
+        )
+    return scores
 
 
 def import_function(path: str, setting: str) -> RewardFunction:
     """Import `module:function`.
 
     Raises:
-        UserError: if the path is malformed or names nothing that can be called.
+        UserError: if the path is malformed or names nothing that can be called with prompts and responses.
     """
     module_name, _, function_name = path.partition(":")
     if not module_name or not function_name:
         raise UserError(f"{setting} is {path!r}; write it as module:function, for example my_rewards:politeness.")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        found = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"{setting} {path} could not be imported ({error}); the module must be on PYTHONPATH."
         ) from error
-    if not callable(function):
+    if not callable(found):
         raise UserError(f"{setting} {path} is not a function.")
+    with suppress(ValueError):  # of a built-in function, which does not tell what it takes
+        try:
+            inspect.signature(found).bind([], [])
+        except TypeError as error:
+            raise UserError(
+                f"{setting} {path} does not take what it is called with, (prompts, responses): {error}."
+            ) from error
+    function: RewardFunction = found
     return function

@@ -55,5 +55,5 @@ class ScoreNormalizer(nn.Module):
                 "mean and standard deviation of the scores are not known yet; call measure_score_statistics first, "
                 "or set rewards.normalize_score to false."
             )
-        mean, std = self.mean_std
+        mean, std = self.mean_std.unbind()
         return (scores - mean) / std

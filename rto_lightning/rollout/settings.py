@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rto_lightning.errors import UserError, check_settings
 
 
-@dataclass
+@dataclass(frozen=True)
 class VLLMSettings:
     """Where vLLM runs and what it may take; read only with `rollout.engine: vllm`.
 
@@ -64,7 +64,7 @@ class VLLMSettings:
             raise UserError(f"{where}.urls name servers that run already; set port and devices to null.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RolloutSettings:
     """How responses are sampled. PPO needs samples of the policy itself, so there is no top-p and no top-k."""
 

@@ -12,9 +12,10 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from rto_lightning.errors import UserError, first_line
 from rto_lightning.runs.files import remove, written_whole
+from rto_lightning.runs.limits import Limits
 
 STOPPED_EARLY = "stopped_early"
-"""Key of the limits, in steps and epochs, of a run that a callback has ended before them."""
+"""Key of the limits of a run that a callback has ended before its steps and epochs."""
 
 METADATA_FILE = "meta.pt"
 """What of a sharded checkpoint is no tensor, as Lightning names it."""
@@ -68,16 +69,13 @@ class Progress:
     """Optimizer steps (for RTO: iterations) that are done."""
     epochs: int
     """Epochs that are complete."""
-    stopped_early: list[int | None] | None
-    """The limits, in steps and epochs, of a run that a callback has ended before them."""
+    stopped_early: Limits | None
+    """The limits of a run that a callback, such as the Timer of `max_time`, has ended before its steps and epochs."""
 
-    def has_reached(self, max_steps: int, max_epochs: int | None) -> bool:
-        """Whether a run with these limits of the trainer ends here."""
-        if self.stopped_early is not None and self.stopped_early[0] == max_steps:
-            return True
-        if max_steps != -1 and self.steps >= max_steps:
-            return True
-        return max_epochs is not None and max_epochs != -1 and self.epochs >= max_epochs
+    def has_reached(self, limits: Limits) -> bool:
+        """Whether a run with these limits ends here."""
+        counted = zip((self.steps, self.epochs), limits, strict=False)
+        return self.stopped_early == limits or any(limit not in (None, -1) and done >= limit for done, limit in counted)
 
 
 def progress_of(checkpoint: Path) -> Progress:

@@ -93,7 +93,7 @@ def check_room(error: BaseException, path: Path) -> None:
             free = shutil.disk_usage(existing_parent(path)).free / 2**20
             raise UserError(
                 f"{path} could not be written ({os.strerror(number)}; {free:.0f} MiB are free there), and what was "
-                "complete before is as it was; make room and go on from the last checkpoint by --ckpt_path last."
+                "complete before is as it was; make room and give the command again, of a stage with --ckpt_path last."
             ) from error
         reason = reason.__cause__ or reason.__context__
 

@@ -1,4 +1,20 @@
-"""What a stage's folder says about its run: where it can go on, and with which settings it began."""
+"""What a stage's folder holds, and what it says about its run: where it can go on, with which settings it began.
+
+The folder of a stage is `trainer.default_root_dir`. It receives
+
+    config.yaml         every setting of the run, ready for `rto-lightning fit --config`
+    checkpoints/        what `--ckpt_path last` goes on from
+    tensorboard/<run>/  events for `tensorboard --logdir`
+    metrics/<run>/      the same figures as metrics.csv
+    role/               the trained role, once training has ended
+    memory.json         the peak memory that was planned, and what `fit` took
+    predictions.jsonl   the answers of `predict`; on several devices `predictions.<rank>.jsonl`
+    samples.jsonl       answers to fixed prompts over time, and samples.html, by the callback `LogSamples`
+    nonfinite/          batches of steps in which something was NaN or infinite
+
+where <run> is `fit`, or `fit-2` if an earlier run ended before its first step; likewise for the other commands. A run
+that goes on keeps its config.yaml and adds to its own tensorboard/ and metrics/.
+"""
 
 import csv
 import itertools
@@ -11,6 +27,15 @@ from typing import Any
 import yaml
 
 from rto_lightning.errors import UserError
+
+ROLE_FOLDER = "role"
+"""Name of the trained role inside a stage's folder."""
+
+PREDICTIONS_FILE = "predictions.jsonl"
+"""Name of the answers that `predict` writes into a stage's folder."""
+
+MEMORY_FILE = "memory.json"
+"""Name of the planned and measured peak memory in a stage's folder."""
 
 CHECKPOINTS = "checkpoints"
 """Name of the folder of checkpoints inside a stage's folder."""

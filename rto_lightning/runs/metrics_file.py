@@ -1,6 +1,7 @@
 """Metrics as `metrics.csv`, of which a run that was killed and goes on has each row once."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,7 @@ class MetricsFileLogger(CSVLogger):
         self._write(kept)
 
     def _rows(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        with self.path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        # A process that died while it wrote a row may have left half of it.
-        return [row for row in rows if None not in row and str(row.get("step", "")).isdigit()]
+        return _read(self.path) if self.path.exists() else []
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         names = set().union(*rows) | {"step"}
@@ -90,3 +86,27 @@ class MetricsFileLogger(CSVLogger):
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)
+
+
+def read_metrics(folder: str | Path, command: str = "fit") -> list[dict[str, str]]:
+    """The rows that the last run of a command has logged in a stage's folder, as text; empty where one has no value.
+
+    Args:
+        folder: of the stage.
+        command: `fit`, `validate` or `test`.
+
+    Returns:
+        No rows if nothing was logged.
+    """
+    logged = {}
+    for path in (Path(folder) / "metrics").glob(f"{command}*/{FILE}"):
+        if match := re.fullmatch(rf"{command}(?:-(\d+))?", path.parent.name):
+            logged[int(match[1] or 1)] = path
+    return _read(logged[max(logged)]) if logged else []
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    # A process that died while it wrote a row may have left half of it.
+    return [row for row in rows if None not in row and str(row.get("step", "")).isdigit()]

@@ -24,9 +24,14 @@ class StopSignals:
 
     They raise `Stopped` at once, or at the next call of `stop_if_asked` while `deferred` is set. A second Ctrl-C raises
     KeyboardInterrupt at once. After SIGUSR1 the job is queued again, as Lightning does.
+
+    Args:
+        processes: of the run. Several wait for each other within torch, where no handler of Python's is called: until
+            they train, SIGTERM ends them as it ends any program, and torchrun need not lose its patience.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
+        self._several = processes > 1
         self.deferred = False
         """Whether a step is on its way that must be finished first."""
         self.requested = 0
@@ -39,6 +44,8 @@ class StopSignals:
         _active = self
         self._before = {number: signal.getsignal(number) for number in self._numbers()}
         self.listen()
+        if self._several:
+            signal.signal(signal.SIGTERM, self._before[signal.SIGTERM])
         return self
 
     def __exit__(self, *_: object) -> None:

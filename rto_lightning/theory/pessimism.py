@@ -122,7 +122,7 @@ def pessimistic_value_policy(
     Returns:
         Log-probabilities of the policy.
     """
-    sigma = torch.linalg.inv(learned.precision)
+    sigma: Tensor = torch.linalg.inv(learned.precision)
 
     def optimal_value(theta: Tensor) -> Tensor:
         return soft_value_iteration(linear_rewards(features, theta), log_reference, beta).start

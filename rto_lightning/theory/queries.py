@@ -42,7 +42,7 @@ class Search(NamedTuple):
 
 def proposition_bound(mdp: TokenMDP, xi: float) -> float:
     r"""Queries that are enough with token rewards by proposition 3.2, :math:`A^{\min(\xi + 1, H)}`."""
-    return mdp.vocabulary_size ** min(xi + 1, mdp.horizon)
+    return float(mdp.vocabulary_size ** min(xi + 1, mdp.horizon))
 
 
 def token_query_bound(mdp: TokenMDP, xi: float) -> int:
@@ -64,7 +64,7 @@ def token_query_bound(mdp: TokenMDP, xi: float) -> int:
         Number of queries.
     """
     widest = math.floor(mdp.vocabulary_size**xi * (1 + TOLERANCE))
-    inner = sum(min(mdp.vocabulary_size**depth, widest) for depth in range(mdp.horizon))
+    inner: int = sum(min(mdp.vocabulary_size**depth, widest) for depth in range(mdp.horizon))
     return 1 + (mdp.vocabulary_size - 1) * inner
 
 

@@ -31,7 +31,7 @@ def maximum_likelihood(response_features: Tensor, preferences: Preferences, boun
     responses = response_features.shape[0]
     pairs, counts = (preferences.chosen * responses + preferences.rejected).unique(return_counts=True)
     chosen, rejected = pairs // responses, pairs % responses
-    shares = counts / counts.sum(dtype=torch.float64)
+    shares: Tensor = counts / counts.sum(dtype=torch.float64)
 
     def negative_log_likelihood(theta: Tensor) -> Tensor:
         scores = response_features @ theta
@@ -47,7 +47,8 @@ def maximum_likelihood(response_features: Tensor, preferences: Preferences, boun
 
 def project_to_ball(theta: Tensor, bound: float) -> Tensor:
     """Nearest point of norm ``bound`` at most: takes off the solver's last digits, which are outside."""
-    return theta * min(1.0, bound / max(theta.norm().item(), 1e-300))
+    norm: float = theta.norm().item()
+    return theta * min(1.0, bound / max(norm, 1e-300))
 
 
 def covariance(response_features: Tensor, preferences: Preferences, regularization: float) -> Tensor:
@@ -79,7 +80,8 @@ def weighted_norm(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         The shape of ``x`` without its last dimension.
     """
-    return (x @ torch.linalg.cholesky(weight)).norm(dim=-1)
+    norms: Tensor = (x @ torch.linalg.cholesky(weight)).norm(dim=-1)
+    return norms
 
 
 def confidence_radius(

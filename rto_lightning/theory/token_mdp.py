@@ -51,12 +51,12 @@ class TokenMDP:
     @property
     def responses(self) -> int:
         """Number of complete responses, ``A**H``."""
-        return self.vocabulary_size**self.horizon
+        return int(self.vocabulary_size**self.horizon)
 
     @property
     def states(self) -> int:
         """Number of prefixes, from the empty one to the complete responses."""
-        return (self.vocabulary_size ** (self.horizon + 1) - 1) // (self.vocabulary_size - 1)
+        return (self.vocabulary_size * self.responses - 1) // (self.vocabulary_size - 1)
 
     @property
     def layer_shapes(self) -> list[tuple[int, int]]:

@@ -228,3 +228,10 @@ def test_what_is_refused(estimator: Estimator, size: int, reason: str) -> None:
     nothing, mask = torch.zeros(4, 2), torch.ones(4, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match=reason):
         estimate_advantages(estimator, RewardTerms(nothing, nothing, nothing), mask, 1.0, 1.0, group_size=size)
+
+
+@pytest.mark.parametrize("estimator", sorted(GROUP_ESTIMATORS))
+def test_groups_are_never_guessed(estimator: Estimator) -> None:
+    nothing, mask = torch.zeros(4, 2), torch.ones(4, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="give a group_size of at least 2"):
+        estimate_advantages(estimator, RewardTerms(nothing, nothing, nothing), mask, 1.0, 1.0)

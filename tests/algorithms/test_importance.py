@@ -18,6 +18,12 @@ def test_the_ratio_up_to_the_cap() -> None:
     torch.testing.assert_close(weights, torch.tensor([[2.0, 0.5, 3.0, 0.0]]))
 
 
+def test_a_cap_below_1_is_a_cap() -> None:
+    policy, engine = torch.tensor([[0.5, 0.1]]).log(), torch.tensor([[0.5, 0.4]]).log()
+    weights = truncated_importance_weights(policy, engine, torch.tensor([[True, True]]), cap=0.75)
+    torch.testing.assert_close(weights, torch.tensor([[0.75, 0.25]]))
+
+
 @given(st.integers(0, 2**32 - 1))
 def test_untruncated_they_turn_means_of_the_engine_into_means_of_the_policy(seed: int) -> None:
     """Averaged exactly over a vocabulary, with the engine's probabilities."""

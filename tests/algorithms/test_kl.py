@@ -73,6 +73,12 @@ def test_garbage_outside_the_mask_changes_nothing(batch: Batch, estimator: str) 
     assert not spoilt.grad[~batch.mask].any()
 
 
+@given(batches())
+def test_the_penalty_of_the_paper_is_the_default(batch: Batch) -> None:
+    policy, reference = batch.logprobs(), batch.logprobs()
+    torch.testing.assert_close(kl_estimate(policy, reference, batch.mask), batch.mask * (policy - reference))
+
+
 def test_unknown_estimator() -> None:
     x = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="k4"):
@@ -87,6 +93,10 @@ def test_unknown_estimator() -> None:
 def test_adaptive_coefficient_by_hand(kl: float, expected: float) -> None:
     coefficient = adaptive_kl_coefficient(0.1, kl, target=6.0, horizon=10_000, samples=1_000)
     assert coefficient == pytest.approx(expected, rel=1e-12)
+
+
+def test_adaptive_coefficient_holds_targets_of_less_than_a_nat() -> None:
+    assert adaptive_kl_coefficient(0.1, 0.55, target=0.5, horizon=10, samples=1) == pytest.approx(0.101, rel=1e-12)
 
 
 @given(st.floats(0, 100), st.floats(0, 100))

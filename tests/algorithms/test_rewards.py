@@ -126,11 +126,14 @@ def test_garbage_outside_the_mask_changes_nothing(batch: Batch) -> None:
         assert not getattr(clean, name)[~batch.mask].any()
 
 
-@pytest.mark.parametrize("missing", ["dpo_logprobs", "scores", "truncated"])
-def test_term_without_its_input_is_refused(missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "coefficient"),
+    [("dpo_logprobs", "beta_1"), ("scores", "beta_3"), ("truncated", "truncation_penalty")],
+)
+def test_term_without_its_input_is_refused(missing: str, coefficient: str) -> None:
     inputs = {"dpo_logprobs": DPO, "scores": SCORES, "truncated": torch.tensor([True, False])}
     inputs[missing] = None
-    with pytest.raises(ValueError, match=missing):
+    with pytest.raises(ValueError, match=rf"^{coefficient} is .*, which needs {missing};"):
         compose_rewards(
             POLICY,
             REFERENCE,

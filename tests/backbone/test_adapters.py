@@ -1,5 +1,7 @@
 """Several adapters on one base: what PEFT's own switches get wrong, and what a saved one holds."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
@@ -153,3 +155,10 @@ def test_half_an_adapter_is_refused(backbone, tiny_model, tmp_path):
     save_file(dict(list(weights.items())[: len(weights) // 2]), path)
     with pytest.raises(UserError, match="lacks weights for"):
         make_backbone(tiny_model).add_role("policy", str(tmp_path / "role"))
+
+
+def test_a_saved_adapter_names_the_revision_of_its_base(tiny_model, tmp_path):
+    backbone = make_backbone(tiny_model)
+    backbone.add_role("policy", trainable=True)
+    backbone.adapters.save("policy", tmp_path, "v2")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"

@@ -84,6 +84,7 @@ class TestPlain:
     def test_it_wins_over_a_template(self):
         chat = ChatTokenizer(tiny_tokenizer(), chat_template="plain")
         assert chat.tokenizer.decode(chat.encode_prompt(USER)) == "Hi"
+        assert chat.tokenizer.chat_template is None  # a saved model does not carry what it was not trained with
 
 
 class TestTemplateSetting:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rto_lightning.cli.pipeline_settings import load_pipeline
+import yaml
+
+from rto_lightning.cli.pipeline_settings import StageSettings, load_pipeline
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "quickstart"
 GoldName = Literal["sum", "requirement"]
@@ -155,12 +157,18 @@ QUICK = Protocol(
 
 def with_preference_methods(protocol: Protocol) -> Protocol:
     """Adds direct preference learning with the settings of configs/quickstart/methods.yaml."""
-    found = {stage.name: stage.arguments for stage in load_pipeline(CONFIGS / "methods.yaml").stages}
+    found = {stage.name: _settings_of(stage) for stage in load_pipeline(CONFIGS / "methods.yaml").stages}
     methods = tuple(
         Method(name, title, {key: value for key, value in found[name].items() if _is_setting(key, value)})
         for name, title in PREFERENCE_TITLES.items()
     )
     return replace(protocol, preference_methods=methods)
+
+
+def _settings_of(stage: StageSettings) -> Settings:
+    """The settings of the overlays on a stage's first file, and its arguments."""
+    overlays = [yaml.safe_load((CONFIGS / file).read_text(encoding="utf-8"))["model"] for file in stage.files[1:]]
+    return {**{f"model.{key}": value for model in overlays for key, value in model.items()}, **stage.arguments}
 
 
 def _is_setting(key: str, value: Any) -> bool:

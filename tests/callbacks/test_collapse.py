@@ -103,7 +103,7 @@ def test_a_file_names_it_and_no_role_is_saved(tiny_model, files, tmp_path, capsy
             "class_path": "rto_lightning.modules.RTOModule",
             "init_args": {
                 "backbone": {"model": str(tiny_model)},
-                "rewards": {"beta_1": 0.0, "beta_3": 0.0},
+                "rewards": {"beta_1": 0.0, "beta_3": 0.0, "truncation_penalty": 1.0},
                 "critic": {"init": "policy"},
                 "rollout": {"max_new_tokens": 6},
             },

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rto_lightning import cli
 from rto_lightning.cli import lightning_cli, main
 from rto_lightning.cli.stage import given_config_files
+from rto_lightning.errors import Stopped
 from tests.cli.stub_stage import StubBase
 
 STAGE = {
@@ -135,6 +138,13 @@ def test_loggers_and_checkpoints_of_the_user_stay():
     assert list(Path("mine").rglob("metrics.csv"))
     assert Path("kept/last.ckpt").exists()
     assert {path.name for path in Path("out").iterdir()} == {"checkpoints", "config.yaml", "memory.json", "role"}
+
+
+def test_metrics_are_a_file_beside_another_logger():
+    named = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "mine"}}
+    main(["fit", "--config", write("s.yaml", stage(trainer__logger=named, trainer__default_root_dir="out"))])
+    assert list(Path("mine").rglob("events.*")) and not Path("out/tensorboard").exists()
+    assert Path("out/metrics/fit/metrics.csv").exists()
 
 
 EVERY_TWO_STEPS = {"class_path": "SaveCheckpoints", "init_args": {"every_n_train_steps": 2}}
@@ -329,10 +339,19 @@ def test_of_several_files_the_one_with_the_mistake_is_named(capsys):
         ("--model.lrr=1", "unknown key `model.lrr`; did you mean `lr`?"),
         ("--trainer.max_stps=1", "unknown key `trainer.max_stps`; did you mean `max_steps`?"),
         ("--model.lr=x", "`model.lr` must be a number, not x."),
+        ("--trainer.accelerator=gpu", "the trainer refuses its settings: No supported gpu backend found."),
+        (
+            "--config=list.yaml",
+            "list.yaml is a list of stages; `rto-lightning pipeline --config list.yaml` runs it, and other commands "
+            "take the file of one stage.",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(capsys, option, sentence):
-    assert fails(capsys, "fit", "--config", write("s.yaml", stage()), option) == (2, sentence)
+    write("list.yaml", "stages: []\n")
+    status, error = fails(capsys, "fit", "--config", write("s.yaml", stage()), option)
+    assert error == sentence
+    assert status == (1 if "trainer refuses" in sentence else 2)
 
 
 @pytest.mark.parametrize(
@@ -369,17 +388,20 @@ def test_other_exceptions_keep_their_traceback():
         main(["fit", "--config", write("s.yaml", stage(model__init_args__interrupt_at=1))])
 
 
-def test_overlays_are_proposed_beside_overlays(capsys):
+def test_overlays_for_every_stage_and_those_beside_overlays_are_proposed(capsys):
     for folder in ("conf", "conf/small"):
         write(f"{folder}/dpo.yaml", stage())
     write("conf/rto.yaml", stage(model__init_args__dpo="outputs/dpo/role"))
     write("conf/small/rto.yaml", {"model": {"lr": 0.2}})
     write("conf/other.yaml", {"model": {"lr": 0.3}})
-    configs = [f"--config=conf/{name}.yaml" for name in ("rto", "small/rto", "other")]
+    write("precision/small.yaml", {"trainer": {"precision": "32-true"}, "model": {"backbone": {"model": "n"}}})
+    write("method/fast.yaml", {"model": {"lr": 0.4}})
+    names = ("conf/rto", "precision/small", "method/fast", "conf/small/rto", "conf/other")
+    configs = [f"--config={name}.yaml" for name in names]
     assert fails(capsys, "fit", *configs) == (
         1,
         "the dpo role outputs/dpo/role does not exist; make it first with: rto-lightning fit "
-        "--config conf/dpo.yaml --config conf/small/dpo.yaml",
+        "--config conf/dpo.yaml --config precision/small.yaml --config conf/small/dpo.yaml",
     )
 
 
@@ -396,11 +418,12 @@ def test_a_missing_input_comes_with_the_command_that_makes_it(capsys, beside):
     assert not Path("outputs").exists()
 
 
-def test_a_missing_checkpoint(capsys):
+@pytest.mark.parametrize("path", ["no.ckpt", "best"])  # a new process knows no best one
+def test_a_missing_checkpoint(capsys, path):
     write("s.yaml", stage())
-    assert fails(capsys, "validate", "--config", "s.yaml", "--ckpt_path", "no.ckpt") == (
+    assert fails(capsys, "validate", "--config", "s.yaml", "--ckpt_path", path) == (
         1,
-        "the checkpoint no.ckpt does not exist; check the path after --ckpt_path.",
+        f"the checkpoint {path} does not exist; check the path after --ckpt_path.",
     )
 
 
@@ -454,3 +477,27 @@ def test_the_package_runs_as_a_module(tmp_path):
     assert result.stderr == (
         "rto-lightning: error: the configuration file no.yaml does not exist; check the path after --config.\n"
     )
+
+
+@pytest.mark.parametrize("given", [[], ["--ckpt_path", "other/step=9.ckpt"], ["--ckpt_path=other/step=9.ckpt"]])
+def test_what_goes_on_is_the_run_that_a_signal_has_ended(monkeypatch, capsys, given):
+    """Not another one, from whose checkpoint it has begun."""
+    stopped = Stopped(signal.SIGTERM)
+    stopped.saved, stopped.step = "run/checkpoints/step=3.ckpt", 3
+
+    def stop(arguments):
+        raise stopped
+
+    monkeypatch.setattr(cli, "run_stage", stop)
+    assert main(["fit", "--config", "a.yaml", *given, "--trainer.max_steps", "9"]) == 143
+    told = capsys.readouterr().err
+    assert told.endswith("go on with: rto-lightning fit --config a.yaml --trainer.max_steps 9 --ckpt_path last\n")
+
+
+def test_ctrl_c_before_a_run_has_begun_is_told_in_a_sentence(monkeypatch, capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_stage", interrupt)
+    assert main(["fit", "--config", "a.yaml"]) == 130
+    assert capsys.readouterr().err.startswith("rto-lightning: SIGINT ended the run outside of its steps; ")

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from rto_lightning.cli import main
+from rto_lightning.evaluation.answer_rows import GeneratedAnswer
+from rto_lightning.evaluation.generation import Generation
 from rto_lightning.rewards.remote import RewardServer, ServedRole
+from tests.evaluation.test_chat_judge import JudgeServer
 from tests.evaluation.test_win_rates import FIXTURE
 from tests.models import make_backbone, write_tiny_classifier
 from tests.rewards.services import running
@@ -25,6 +28,11 @@ def longest(prompts, responses):
 def nonsense(prompts, responses):
     """A reward function that knows no scores."""
     return [math.nan if response == "Me, Ann." else 1.0 for response in responses]
+
+
+def unasked(prompts, responses):
+    """A reward function that must not be called."""
+    raise AssertionError
 
 
 @pytest.fixture
@@ -74,6 +82,48 @@ def test_unjudged_answers_are_reported(run, answers):
     assert status == 0 and "rto: 1 of 3 prompts are unjudged (an answer has no finite score)" in out
 
 
+def test_a_chat_model_judges_and_goes_on_where_it_was_ended(run, answers, tmp_path):
+    base, rto = answers
+    status = [402]
+
+    def reply(request, number):
+        if number > 2 and status[0] != 200:
+            return status[0], "no credit"
+        return "[[A>>B]]" if number % 2 else "[[B>A]]"
+
+    with running(JudgeServer(reply)) as server:
+        how = (
+            "--judge_url",
+            server.url,
+            "--judge_model",
+            "judge-1",
+            "--judge_prompt",
+            "arena_hard",
+            "--concurrency",
+            1,
+        )
+        command = ("evaluate", rto, "--baseline", base, *how, "--output", tmp_path / "judged")
+        ended, out, err = run(*command)
+        assert (ended, out) == (1, "") and "402 Payment Required: no credit" in err and "goes on with the others" in err
+        status[0] = 200
+        ended, out, err = run(*command)
+        assert ended == 0 and "rto : base" in out and "33%" in err and len(server.requests) == 3 + 4
+    names = sorted(path.name for path in (tmp_path / "judged").iterdir())
+    assert names == ["annotations.json", "win_rates.json", "win_rates.png"]
+    status, again, _ = run("evaluate", "--annotations", tmp_path / "judged" / "annotations.json")
+    assert status == 0 and again.splitlines()[1] == out.splitlines()[1]
+
+
+def test_a_judge_is_not_asked_for_what_cannot_be_written_or_controlled(run, answers, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    asked = ("--baseline", answers[0], "--reward_function", "tests.cli.test_evaluate:unasked")
+    status, _, err = run("evaluate", answers[1], *asked, "--output", tmp_path / "file")
+    assert status == 1 and "cannot be made (File exists)" in err
+    monkeypatch.setattr("rto_lightning.evaluation.length_control.check_length_control", lambda: None)
+    status, _, err = run("evaluate", answers[1], *asked, "--length_controlled")
+    assert status == 1 and "rto answers 3; leave it out" in err
+
+
 def test_reward_models_judge_alike_in_process_and_as_a_service(run, answers, tiny_model, tmp_path):
     base, rto = answers
     role = save_random_role(tiny_model, tmp_path / "reward", "reward")
@@ -105,6 +155,11 @@ def test_answers_that_do_not_fit_end_with_status_2_and_their_ids(run, answers):
         (("a.json", "--reward", "r"), "those of --baseline"),
         (("a.json", "--baseline", "b.json", "--judge_url", "http://h"), "--judge_url needs --judge_model"),
         (("a.json", "--baseline", "b.json", "--reward_url", "http://h"), "--reward_url needs --tokenizer"),
+        (
+            ("a.json", "--baseline", "b.json", "--reward_url", "h:1", "--tokenizer", "t"),
+            "--reward_url is no HTTP address",
+        ),
+        (("a.json", "--baseline", "b.json", "--judge_url", "http://h", "--judge_model", "m"), "needs --output"),
         (("a.json", "--annotations", "b.json"), "--annotations holds answers already"),
     ],
 )
@@ -140,3 +195,29 @@ def test_wrong_questions_end_with_status_2(run, tiny_model, tmp_path):
     status, _, err = run("generate", tiny_model, *how)
     assert status == 2 and "has 'Hi' more than once" in err
     assert run("generate", tiny_model, "--name", "a")[0] == 2
+
+
+def test_answers_that_are_empty_or_cut_off_are_told_and_those_under_way_kept(run, tmp_path, monkeypatch):
+    questions = tmp_path / "eval.json"
+    questions.write_text(json.dumps([{"instruction": text} for text in QUESTIONS]))
+    made = [GeneratedAnswer("a", 1, False), GeneratedAnswer(" ", 1, False), GeneratedAnswer("b", 6, True)]
+    path = tmp_path / "answers" / "model_outputs.json"
+    monkeypatch.setattr("rto_lightning.cli.models.load_policy", lambda options: ("backbone", "policy"))
+    how = ("--questions", questions, "--name", "a", "--output", path.parent, "--max_new_tokens", 6)
+    monkeypatch.setattr("rto_lightning.evaluation.generation.generate", lambda *args: Generation(path, made, 2))
+    status, out, _ = run("generate", "model", *how)
+    assert (
+        status == 0 and "3 answers of a, 2 of them from before" in out and "1 answers were cut off at 6 tokens" in out
+    )
+    assert "1 answers are empty, which evaluate refuses: to 'What is it?'" in out
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rto_lightning.evaluation.generation.generate", interrupted)
+    status, _, err = run("generate", "model", *how)
+    assert status == 130 and "answers so far are kept; the same command goes on" in err and "Traceback" not in err
+    path.write_text("[]")
+    monkeypatch.setattr("rto_lightning.cli.models.load_policy", lambda options: pytest.fail("it need not be loaded"))
+    status, _, err = run("generate", "model", *how)
+    assert status == 1 and "exists already" in err

@@ -156,7 +156,7 @@ def test_mistakes_about_roles(copied, capsys):
         assert main(["export", *args]) == 1
         return capsys.readouterr().err
 
-    assert "has no role reward; it trains dpo" in error("runs/dpo", "out", "--role", "reward")
+    assert "has no role reward, and trains dpo" in error("runs/dpo", "out", "--role", "reward")
     [checkpoint] = Path("runs/dpo/checkpoints").glob("step=*.ckpt")
     assert "has no role critic" in error(str(checkpoint), "out", "--role", "critic")
     config = yaml.safe_load(Path("runs/dpo/config.yaml").read_text())

@@ -110,8 +110,12 @@ def test_each_stage_gets_what_earlier_stages_made(capsys):
     shown = capsys.readouterr().out
     assert f"[2/3] sft: fit conf/sft.yaml -> {out}/sft" in shown
     table = shown[shown.index("stage  seconds  state") :].splitlines()
-    assert [line.split()[0] for line in table] == ["stage", "world", "sft", "copy", "now"]
+    assert [line.split()[0] for line in table] == ["stage", "world", "sft", "copy", "now", "report:"]
     assert all(line.endswith("done now") for line in table[1:4])
+    assert table[-1] == f"report: {out}/report.html"
+    report = (out / "report.html").read_text(encoding="utf-8")
+    for cell in ("world", "run tests.cli.test_pipeline:make_world", "fit sft.yaml"):
+        assert f"<td>{cell}</td>" in report
 
 
 def test_what_is_done_is_skipped_and_left_alone(capsys):
@@ -139,6 +143,25 @@ def test_files_overlay_each_other(capsys):
     write("conf/overlay.yaml", {"model": {"lr": 0.4}})
     capsys.readouterr()
     assert "sft (its configuration file has changed)" in fails(capsys)[1]
+
+
+def test_an_overlay_is_put_on_every_stage_that_is_trained(capsys):
+    write("overlay.yaml", {"model": {"lr": 0.3, "backbone": {"model": "other"}}})
+    pipeline(
+        WORLD,
+        {"name": "first", "fit": "sft.yaml"},
+        {"name": "second", "fit": "sft.yaml", "arguments": {"model.lr": 0.2}},
+    )
+    assert run("--overlay", "overlay.yaml") == 0
+    for name, rate in (("first", 0.3), ("second", 0.2)):  # arguments of a stage win
+        settings = yaml.safe_load(Path(f"out/{name}/config.yaml").read_text())["model"]["init_args"]
+        assert (settings["backbone"]["model"], settings["lr"]) == ("other", rate)
+    assert calls == [("world", 1, 5, 0.5, None)]
+    assert run("--overlay", "overlay.yaml") == 0
+    assert "first (its configuration file has changed)" in fails(capsys)[1]
+    assert fails(capsys, "--overlay", "none.yaml") == (
+        2, "the configuration file none.yaml does not exist; check the path after --config.",
+    )  # fmt: skip
 
 
 def test_a_list_of_one_file_is_that_file(capsys):
@@ -211,7 +234,7 @@ def test_an_interrupted_stage_goes_on_and_one_of_other_inputs_is_moved_aside(cap
     pipeline(WORLD, SFT)
     assert run() == 0
     assert "[2/2] sft: was interrupted; its folder is now sft.interrupted-1" in capsys.readouterr().out
-    assert {path.name for path in Path("out").iterdir()} == {"world", "sft", "sft.interrupted-1"}
+    assert {path.name for path in Path("out").iterdir()} == {"world", "sft", "sft.interrupted-1", "report.html"}
     assert len(calls) == 1
     assert not list(Path("out/sft.interrupted-1").glob("role*"))
 
@@ -222,6 +245,29 @@ def test_a_failed_stage_is_named(capsys):
     assert not Path("out/bad/done.json").exists()
     with pytest.raises(RuntimeError, match="a defect"):
         run("--set", "bad.how=other")
+
+
+def test_the_configuration_of_a_stage_is_told_from_a_pipeline(capsys):
+    assert main(["pipeline", "--config", write("conf/stage.yaml", FIT)]) == 2
+    sentence = "conf/stage.yaml is of one stage; run it by `rto-lightning fit --config conf/stage.yaml`."
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "sentence"),
+    [
+        ({**SFT, "arguments": {"model.lrr": 1}}, "stage sft: unknown key `model.lrr`; did you mean `lr`?"),
+        ({**SFT, "arguments": {"model.lr": "{world}"}}, "stage sft: `model.lr` must be a number, not "),
+        ({**SFT, "fit": ["sft.yaml", "typo.yaml"]}, "stage sft: conf/typo.yaml line 2: unknown key `trainer.stps`"),
+        ({"name": "late", "run": "tests.cli.test_pipeline:fail", "arguments": {"hwo": 1}}, "stage late: arguments of "),
+    ],
+)
+def test_a_mistake_in_the_settings_of_a_stage_is_found_before_any_runs(capsys, stage, sentence):
+    write("conf/typo.yaml", {"trainer": {"stps": 1}})
+    path = write("conf/pipeline.yaml", {"stages": [WORLD, stage], "output_dir": "out"})
+    assert main(["pipeline", "--config", path]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not calls and not Path("out").exists()
 
 
 def test_errors_of_a_fit_stage_are_told_with_its_name(capsys):

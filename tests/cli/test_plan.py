@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
 from rto_lightning import memory
 from rto_lightning.cli import main
-from rto_lightning.cli.plan import planned_device
+from rto_lightning.cli.plan import plan_stage, planned_device
 
 RTO: dict[str, Any] = {
     "model": {
@@ -87,12 +87,31 @@ def test_json_has_the_same_sums(capsys):
     assert plan["peak"] < plan["available"] and plan["changes"] == {}
 
 
+def test_the_plan_is_there_as_data_too(capsys):
+    options = ["--config", "rto.yaml", "--trainer.accelerator", "gpu"]
+    assert plan_stage(options).peak == planned(capsys, *options)["peak"]
+
+
 def test_settings_are_those_of_fit(capsys):
     base = planned(capsys, "--config", "rto.yaml")
     full = planned(capsys, "--config", "rto.yaml", "--model.backbone.mode", "full", "--data.batch_size=8")
     assert full["weights"]["policy"] == full["weights"]["dpo"] > base["weights"]["policy"] > 0
     caches = [plan["phases"][0]["items"]["KV cache"] for plan in (base, full)]
     assert caches[1] == 2 * caches[0]
+
+
+def test_its_own_options_are_in_its_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--json", "--processes N", "--bandwidth_gb_s X", "fit --help"))
+
+
+def test_an_overlay_before_its_stage_is_refused(capsys, folder):
+    (folder / "overlay.yaml").write_text("model: {beta: 0.1}")
+    assert main(["plan", "--config", "overlay.yaml", "--config", "rto.yaml"]) == 2
+    assert "overlay.yaml is an overlay of a stage; put it after" in capsys.readouterr().err
 
 
 def test_a_trained_role_is_in_nobodys_way(capsys):
@@ -166,7 +185,7 @@ def test_a_run_ends_with_planned_and_measured_peak(capsys, trainable):
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
     """What is warned of on a machine that has 1 MiB."""
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**20)
+    monkeypatch.setattr(memory.measure, "available_bytes", lambda device: 2**20)
     said: list[str] = []
     monkeypatch.setattr("rto_lightning.callbacks.memory_report.rank_zero_warn", said.append)
     monkeypatch.setattr("rto_lightning.data.module.ChatDataModule.prepare_data", lambda data: None)
@@ -236,6 +255,8 @@ def test_the_table_of_several_devices_says_what_they_communicate(capsys):
         (["--processes", "3"], "data.batch_size 4 counts rows over all devices"),
         (["--processes", "many"], "--processes: invalid int value: 'many'"),
         (["--bandwidth_gb_s", "0"], "--bandwidth_gb_s is 0.0; set it above 0"),
+        (["--json=x"], "--json: ignored explicit argument 'x'; leave the value out"),
+        (["--bandwidth_gb_s", "nan"], "--bandwidth_gb_s is nan; set it above 0"),
         (["--trainer.strategy", "deepspeed"], "trainer.strategy deepspeed does not run the stages here"),
     ],
 )

@@ -46,7 +46,9 @@ def test_pairs_become_rows_and_a_page(
         "1",
     ]
     assert main([*command, "--output", *outputs]) == 0
-    told = capsys.readouterr().out
+    captured = capsys.readouterr()
+    told = captured.out
+    assert "rewards: 100%" in captured.err and "5/5" in captured.err
     assert "responses: 10" in told and "pairs that the summed token rewards rank as labelled: " in told
     rows = [json.loads(line) for line in Path(outputs[1]).read_text(encoding="utf-8").splitlines()]
     assert [(row["index"], row["answer"]) for row in rows] == [(n, a) for n in range(5) for a in ("chosen", "rejected")]
@@ -65,7 +67,8 @@ def test_predictions_are_read_with_their_truncation(
     rows = [{"index": 7, "prompt": prompt, "response": "So", "truncated": cut} for cut in (False, True)]
     source = write(tmp_path / "predictions.jsonl", [*rows, {"prompt": prompt, "response": ""}])
     assert main(["rewards", "--dpo", roles[0], "--data", source]) == 1
-    assert "Row 3 of " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Row 3 of " in told and "or set bad_rows to `skip`" in told
     command = [
         "rewards",
         "--dpo",
@@ -80,7 +83,9 @@ def test_predictions_are_read_with_their_truncation(
         "0.01",
     ]
     assert main(command) == 0
-    whole, cut = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    captured = capsys.readouterr()
+    whole, cut = (json.loads(line) for line in captured.out.splitlines())
+    assert "3/3" in captured.err
     assert whole["tokens"] == ["S", "o", "<|im_end|>"] and cut["tokens"] == ["S", "o"]
     assert whole["answer"] == "response" and whole["score"] is None and max(map(abs, whole["rewards"])) <= 0.01
 
@@ -92,10 +97,16 @@ def test_texts_of_the_command_line(
     assert main(["rewards", "--dpo", roles[0], "--prompt", "Why?", "--response", "-"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["response"] == "From a pipe." and row["sentence_ends"][-2]
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    assert main(["rewards", "--dpo", roles[0], "--prompt", "Why?", "--response", "-"]) == 1
+    assert "no response on standard input" in capsys.readouterr().err
     page = tmp_path / "page.html"
     texts = ["--prompt", "Why?", "--chosen", "So.", "--rejected", "No!"]
     assert main(["rewards", "--dpo", roles[0], *texts, "--output", str(page)]) == 0
-    assert "Chosen" in page.read_text(encoding="utf-8")
+    assert "Chosen" in page.read_text(encoding="utf-8") and not capsys.readouterr().err
+    long = ["--prompt", "Why?", "--response", "So. " * 99, "--output", str(tmp_path / "long.html")]
+    assert main(["rewards", "--dpo", roles[0], *long]) == 0
+    assert "responses without a stop token, cut off: 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -107,6 +118,11 @@ def test_texts_of_the_command_line(
         (["--data", "x.jsonl", "--prompt", "a"], 2, "--prompt does not go with --data"),
         (["--data", "x.jsonl", "--shown", "0"], 2, "--shown: 0 is no whole number above 0"),
         (["--data", "x.jsonl", "--clip", "-1"], 2, "--clip -1 is negative"),
+        (["--data", "x.jsonl", "--clip", "nan"], 2, "--clip nan is negative or no number"),
+        (["--data", "x.jsonl", "--beta_1", "inf"], 2, "--beta_1 inf is no number"),
+        (["--prompt", " ", "--response", "a"], 2, "--prompt is empty"),
+        (["--prompt", "a", "--response", "\udcff"], 2, "--response is not UTF-8 text"),
+        (["--data", "x.jsonl", "--output", "x.html", "x.html"], 2, "--output names x.html more than once"),
         (["--data", "x.jsonl", "--output", "x.csv"], 2, "x.csv does not end with .html"),
         (["--data", "x.jsonl", "--output", "no/x.html"], 1, "the folder of no/x.html"),
         (["--data", "./x.jsonl"], 1, "There is no file"),

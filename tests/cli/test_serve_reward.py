@@ -77,8 +77,8 @@ def test_only_reward_roles_are_served(fails, tiny_model, tmp_path):
     folder = save_random_role(tiny_model, tmp_path / "dpo", "dpo")
     assert "is the role dpo, not reward" in fails(folder)[0]
     assert "does not exist" in fails(tmp_path / "nowhere")[0]
-    assert "invalid" in fails(folder, "--batch_size", "many")[0]
-    assert "below 1" in fails(folder, "--max_rows", "0")[0]
+    assert "many is no whole number above 0" in fails(folder, "--batch_size", "many")[0]
+    assert "0 is no whole number above 0" in fails(folder, "--max_rows", "0")[0]
 
 
 def test_a_port_that_is_taken_is_named(fails, role):

@@ -90,6 +90,13 @@ def test_an_unknown_name_says_nothing_of_bitsandbytes(monkeypatch) -> None:
         ("model.optimizer", "CosineLR", "give its import path (`module.Class`)."),
         ("model.critic_scheduler", "CosineLR", "did you mean CosineAnnealingLR?"),
         ("model.lr_scheduler", "cosinewithwarmup", "did you mean CosineWithWarmup?"),
+        ("model", "RTOmodul", "did you mean RTOModule?"),
+        (
+            "data",
+            "Prompts",
+            "choose one of DemonstrationDataModule, PreferenceDataModule, PromptDataModule, or give its import path "
+            "(`module.Class`).",
+        ),
     ],
 )
 def test_the_most_similar_name_is_proposed(key: str, name: str, hint: str) -> None:

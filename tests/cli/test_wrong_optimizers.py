@@ -53,6 +53,13 @@ def test_a_misspelled_name_on_the_command_line(capsys):
     )
 
 
+def test_a_wrong_value_of_its_settings_on_the_command_line(capsys):
+    assert fails(capsys, "fit", "--config", write("s.yaml", stage()), "--model.optimizer.lr=1e-4x") == (
+        2,
+        "`model.optimizer.lr` must be a number, not 1e-4x.",
+    )
+
+
 def test_a_mistake_on_the_command_line_is_not_looked_for_in_the_files(capsys):
     write("s.yaml", stage(model__init_args__optimizer={"class_path": "AdamW"}))
     assert fails(capsys, "fit", "--config", "s.yaml", "--model.optimizer=lion.Lion") == (

@@ -9,12 +9,6 @@ from rto_lightning.backbone.chat import ChatTokenizer
 from tests.tiny import tiny_tokenizer
 
 
-@pytest.fixture(autouse=True)
-def no_run_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the seed that a test of the command leaves behind."""
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-
-
 @pytest.fixture
 def chat() -> ChatTokenizer:
     return ChatTokenizer(tiny_tokenizer())

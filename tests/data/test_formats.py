@@ -114,6 +114,8 @@ class TestPreferenceFormats:
         ({"messages": [*TURNS, assistant("a")]}, TURNS),
         ({"prompt": "More", "context_messages": TURNS}, TURNS),
         ({"prompt": "Hi", "response": "a"}, HI),
+        ({"instruction": "Hi", "output": "a"}, HI),
+        ({"instruction": "Translate:", "input": "Hi", "output": "a"}, [user("Translate:\n\nHi")]),
     ],
 )
 def test_prompts(row, prompt):
@@ -129,6 +131,9 @@ def test_prompts(row, prompt):
         ({"prompt": HI, "completion": [assistant("a")]}, HI),
         ({"messages": [*TURNS, assistant("a")]}, TURNS),
         ({"prompt": "Hi", "prompt_id": "0", "messages": [*TURNS, assistant("a")]}, TURNS),
+        ({"instruction": "Hi", "output": "a", "generator": "x", "dataset": "y"}, HI),
+        ({"instruction": "Hi", "input": "", "output": "a"}, HI),
+        ({"instruction": "Translate:", "input": "Hi", "output": "a"}, [user("Translate:\n\nHi")]),
     ],
 )
 def test_demonstrations(row, prompt):
@@ -157,8 +162,11 @@ def test_an_answers_spaces_are_kept():
     "reader, expected",
     [
         (preference_reader, "`chosen` and `rejected`, with `prompt` or with the prompt inside them"),
-        (prompt_reader, "one of `prompt`, `messages`, `context_messages` and `chosen`"),
-        (demonstration_reader, "`prompt` with `response` or `completion`, or `messages`, or `chosen`"),
+        (prompt_reader, "one of `prompt`, `messages`, `context_messages`, `chosen` and `instruction`"),
+        (
+            demonstration_reader,
+            "`prompt` with `response` or `completion`, or `instruction` with `output`, or `messages`, or `chosen`",
+        ),
     ],
 )
 def test_a_missing_column_names_what_is_there_and_what_is_needed(reader, expected):
@@ -251,6 +259,7 @@ def test_a_bad_row_is_named_or_skipped(reader, row, reason):
 
 
 COLUMNS = ["prompt", "chosen", "rejected", "messages", "context_messages", "response", "completion"]
+COLUMNS += ["instruction", "input", "output"]
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("\ud800"),
     lambda inner: (

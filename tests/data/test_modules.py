@@ -203,6 +203,30 @@ class TestStages:
             PromptDataModule(test=jsonl(PAIRS)).setup("test")
 
 
+class TestFirstRows:
+    """A few fixed rows to look at while training."""
+
+    def test_they_are_of_validation_or_of_training(self, chat, jsonl):
+        others = jsonl([{"prompt": f"Question {n}?"} for n in range(3)], "others.jsonl")
+        data = PromptDataModule(train=jsonl(PAIRS), batch_size=1)
+        data.chat = chat
+        data.setup("fit")
+        batch = data.first_rows(2)
+        assert [turns[0]["content"] for turns in batch.messages] == ["Hi", "Bye"]
+        data = PromptDataModule(train=jsonl(PAIRS), validation=others, batch_size=1)
+        data.chat = chat
+        data.setup("fit")
+        batch = data.first_rows(9)
+        assert [turns[0]["content"] for turns in batch.messages] == [f"Question {n}?" for n in range(3)]
+
+    def test_a_stream_has_none(self, chat, jsonl):
+        data = PromptDataModule(train=jsonl(PAIRS), batch_size=1, streaming=True)
+        data.chat = chat
+        data.setup("fit")
+        with pytest.raises(UserError, match=r"cannot be told; set data\.validation"):
+            data.first_rows(1)
+
+
 @pytest.mark.parametrize("kind", MODULES)
 def test_the_command_line_shows_every_argument_with_its_help(kind):
     parser = ArgumentParser()

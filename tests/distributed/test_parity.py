@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from rto_lightning.inspection.samples import SAMPLES_FILE, read_samples
 from tests.distributed.conftest import Launch, Torchrun
 from tests.distributed.worker import Case
 
@@ -72,6 +73,17 @@ def check_same(case: Case, expected: Case, last_steps: int | None = None) -> Non
                 difference = (ours[name].double() - theirs[name].double()).abs().max().item()
                 assert difference < TOLERANCE, f"{case.out}: {folder}/{name} differs by {difference}"
     check_metrics(case, expected, last_steps)
+    if last_steps is None:
+        check_samples(case, expected)
+
+
+def check_samples(case: Case, expected: Case) -> None:
+    """Answers of an RTO run to fixed prompts, which every rank samples, are those of the other run."""
+    ours, theirs = (read_samples(Path(run.out) / SAMPLES_FILE) for run in (case, expected))
+    assert len(theirs) == (6 if expected.stage == "rto" else 0), "two before, two after two iterations, two at the end"
+    assert [sample.rewarded.token_ids for sample in ours] == [sample.rewarded.token_ids for sample in theirs]
+    for of_ours, of_theirs in zip(ours, theirs, strict=True):
+        assert of_ours.rewarded.rewards == pytest.approx(of_theirs.rewarded.rewards, rel=1e-4, abs=1e-6)
 
 
 def check_metrics(case: Case, expected: Case, last_steps: int | None = None) -> None:

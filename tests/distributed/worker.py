@@ -4,14 +4,17 @@ python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.distrib
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from rto_lightning.callbacks import LogSamples
 from rto_lightning.data import DemonstrationDataModule, PreferenceDataModule, PromptDataModule
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
 from rto_lightning.parallel import rank
@@ -79,9 +82,9 @@ def build(case: Case) -> Any:
 def run(case: Case) -> None:
     """Train, save the roles and the metrics."""
     out = Path(case.out)
-    torch.manual_seed(0)
+    seed_everything(0, verbose=False)  # also what Lightning sets again when it starts several processes
     module, recorder = build(case), stages.Recorder()
-    callbacks: list[Any] = [recorder]
+    callbacks: list[Any] = [recorder, *([LogSamples(prompts=2, every_n_iterations=2)] if case.stage == "rto" else [])]
     if case.checkpoint_at is not None:
         every = {"every_n_train_steps": case.checkpoint_at, "save_top_k": -1}
         callbacks.append(ModelCheckpoint(out, filename="checkpoint", **every))
@@ -107,8 +110,6 @@ def run(case: Case) -> None:
 
 def world_size() -> int:
     """Ranks that torchrun started."""
-    import os
-
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -116,6 +117,8 @@ def main(path: str) -> None:
     """Run the cases of a file."""
     torch.set_num_threads(1)
     for settings in json.loads(Path(path).read_text()):
+        if "WORLD_SIZE" not in os.environ:
+            os.environ.pop("MASTER_PORT", None)  # of the case before, which another process may have by now
         run(Case(**settings))
 
 

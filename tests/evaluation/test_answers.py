@@ -69,6 +69,11 @@ EDITS = {
     ],
     "model": lambda rows: [{**rows[0], "model": "three"}, *rows[1:]],
     "format": lambda rows: [rows[0], {**rows[1], "messages": "no list"}, rows[2]],
+    "other questions": lambda rows: [{**row, "uid": f"other {row['uid']}"} for row in rows],
+    "surrogate": lambda rows: [
+        {**rows[0], "messages": [rows[0]["messages"][0], {"content": {"answer": "a\ud800"}}]},
+        *rows[1:],
+    ],
 }
 MESSAGES = {
     "missing": r"two.jsonl does not answer 'id0' of .*one.jsonl",
@@ -78,6 +83,8 @@ MESSAGES = {
     "prompt": r"two.jsonl answers other prompts under 'id0';",
     "model": r"several models, three, two",
     "format": r"Row 2 of .*two.jsonl: it is not of the format",
+    "other questions": r"two.jsonl answers 'other id0', .* which are not of .*one.jsonl; give files of the same",
+    "surrogate": r"Row 1 of .*two.jsonl: `messages` has the lone surrogate",
 }
 
 

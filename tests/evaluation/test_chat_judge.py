@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,6 +12,7 @@ from rto_lightning.errors import UserError
 from rto_lightning.evaluation.answers import Comparison
 from rto_lightning.evaluation.chat_judge import ChatJudge, ChatJudgeSettings
 from rto_lightning.evaluation.judge_prompts import JUDGE_PROMPTS
+from rto_lightning.evaluation.kept_judgments import KeptJudgments
 from tests.rewards.services import free_port, running
 
 
@@ -100,6 +102,7 @@ def test_probabilities_of_the_letters_weigh_the_verdict():
 
     read = JUDGE_PROMPTS["alpaca_eval"].read
     assert read(choice(("A", 0.6), (" B", 0.2), ("C", 0.2))) == (pytest.approx(0.75),)
+    assert read(choice(("A", 0.3), ("B", 0.4), (" A", 0.3))) == (pytest.approx(0.6),)  # however it is spelled
     assert read(choice(("The", 0.9), ("A", 0.01))) == (1.0,)  # by the text, since neither letter is likely
     assert read({"message": {"content": " B.\n"}, "logprobs": None}) == (0.0,)
 
@@ -117,7 +120,10 @@ def test_nonsense_is_asked_again_and_then_unjudged():
     assert [request["temperature"] for request in about_second] == [0.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("nonsense", ["no JSON", {"choices": []}, {"choices": ["A"]}, {"choices": [{"message": None}]}])
+@pytest.mark.parametrize(
+    "nonsense",
+    ["no JSON", {"choices": []}, {"choices": ["A"]}, {"choices": [{"message": None}]}, {"choices": [{"message": "A"}]}],
+)
 def test_replies_of_another_form_are_nonsense_too(nonsense):
     def reply(request, number):
         return (200, nonsense) if number == 1 else prefers_the_better(request, number)
@@ -148,14 +154,116 @@ def test_a_refused_pair_is_unjudged_and_the_others_are_judged():
 
 
 def test_a_judge_that_says_nothing_at_all_is_an_error():
-    with pytest.raises(UserError, match=r"has judged nothing: no verdict in 2 replies; ask another"):
+    with pytest.raises(UserError, match=r"has judged nothing of 1: no verdict in 2 replies; ask another"):
         ask(lambda request, number: "turtles", attempts=2)
+
+
+def test_no_more_than_a_few_pairs_are_paid_for_if_none_is_judged():
+    asked = []
+
+    def reply(request, number):
+        asked.append(request["messages"][-1]["content"])
+        return "turtles"
+
+    with pytest.raises(UserError, match=r"has judged nothing of 16: no verdict in 1 replies"):
+        ask(reply, *(pair(number, f"the worse, pair {number}") for number in range(100)), attempts=1)
+    assert len(asked) < 25
 
 
 def test_a_judge_that_is_not_there_is_an_error():
     settings = ChatJudgeSettings(f"http://127.0.0.1:{free_port()}/v1", "judge-1", patience=0.0)
-    with pytest.raises(UserError, match=r"judged nothing: no answer \("):
+    with pytest.raises(UserError, match=r"cannot be asked: no answer \(.*; ask again later"):
         ChatJudge(settings).judge([pair()])
+
+
+def kept_in(folder, server):
+    return KeptJudgments(folder / "annotations.json", ChatJudgeSettings(server.url, "judge-1").identity)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"pair": "cut o'])
+@pytest.mark.parametrize("end", [(402, "no credit"), (503, "down")])
+def test_a_judging_that_was_ended_asks_about_the_others_only(tmp_path, torn, end):
+    pairs = [pair(number, f"the worse, pair {number}.") for number in range(8)]
+    is_up, said = [False], []
+
+    def reply(request, number):
+        content = request["messages"][-1]["content"]
+        if is_up[0]:
+            said.append(content)
+        elif number > 9:
+            return end
+        if "pair 2." in content and not is_up[0]:
+            return "turtles"
+        return prefers_the_better(request, number)
+
+    with running(JudgeServer(reply)) as server:
+        settings = ChatJudgeSettings(server.url, "judge-1", concurrency=1, attempts=1, patience=3.0)
+        clock = iter(range(99)).__next__
+        judge = ChatJudge(settings, kept_in(tmp_path, server), sleep=lambda seconds: None, now=clock)
+        with pytest.raises(UserError, match=r"judgments so far are kept in .*unfinished\.jsonl, and the same command"):
+            judge.judge(pairs)
+        [file] = tmp_path.iterdir()
+        before = file.read_bytes()
+        assert before.count(b"\n") == 5  # what they follow from, and pairs 0, 1, 3 and 4
+        file.write_bytes(before + torn)
+        is_up[0] = True
+        kept = kept_in(tmp_path, server)
+        judgments = ChatJudge(settings, kept).judge(pairs)
+        assert [judgment.games for judgment in judgments] == [(1.0, 1.0)] * 8
+        assert sorted(number for number in range(8) for text in said if f"pair {number}." in text) == [
+            number for number in (2, 5, 6, 7) for _ in range(2)
+        ]
+        assert file.read_bytes().startswith(before) and file.read_bytes().count(b"\n") == 9
+        kept.remove()
+        assert not file.exists()
+
+
+def test_judgments_of_another_judge_or_of_other_answers_are_not_taken(tmp_path):
+    with running(JudgeServer(prefers_the_better)) as server:
+        settings = ChatJudgeSettings(server.url, "judge-1")
+        ChatJudge(settings, kept_in(tmp_path, server)).judge([pair()])
+        asked = len(server.requests)
+        judge = ChatJudge(settings, kept_in(tmp_path, server))
+        judge.judge([pair()])
+        assert len(server.requests) == asked
+        judge.judge([pair(answer="the better, anew")])
+        assert len(server.requests) == asked + 2
+        for changes, name in (({"model": "judge-2"}, "judge_model"), ({"prompt": "arena_hard"}, "judge_prompt")):
+            other = ChatJudgeSettings(**{"url": server.url, "model": "judge-1", **changes})
+            with pytest.raises(UserError, match=f"had another {name}; give the same to go on, or remove the file"):
+                KeptJudgments(tmp_path / "annotations.json", other.identity)
+
+
+@pytest.fixture
+def heard_interrupts():
+    """SIGINT as in a terminal, also where pytest runs in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_what_is_under_way_and_asks_no_more(tmp_path, heard_interrupts):
+    release, seen = threading.Event(), threading.Event()
+
+    def reply(request, number):
+        if number == 4:
+            seen.set()
+            release.wait(20)
+        return prefers_the_better(request, number)
+
+    def interrupt():
+        seen.wait(20)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        threading.Timer(0.3, release.set).start()
+
+    with running(JudgeServer(reply)) as server:
+        settings = ChatJudgeSettings(server.url, "judge-1", concurrency=1)
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            ChatJudge(settings, kept_in(tmp_path, server)).judge([pair(number) for number in range(30)])
+        assert len(server.requests) == 4
+        kept = kept_in(tmp_path, server)
+        assert [kept.get(pair(number)) is not None for number in range(4)] == [True, True, False, False]
 
 
 def test_a_wrong_key_ends_it_and_is_not_shown(monkeypatch):

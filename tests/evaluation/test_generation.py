@@ -3,13 +3,15 @@
 import json
 
 import pytest
+import yaml
 
 from rto_lightning.errors import UserError
+from rto_lightning.evaluation.annotations import read_annotations
 from rto_lightning.evaluation.answer_rows import GeneratedAnswer, style_counts
 from rto_lightning.evaluation.generation import GenerationSettings, generate
-from rto_lightning.evaluation.opening import open_policy
-from rto_lightning.evaluation.questions import Question, Questions
+from rto_lightning.evaluation.questions import BenchmarkError, Question, Questions
 from rto_lightning.rollout import TransformersEngine
+from rto_lightning.saved.models import open_policy
 from tests.roles import save_random_role
 
 STYLE = {
@@ -45,7 +47,7 @@ def no_stage(config):
 
 @pytest.fixture(scope="module")
 def policy(tiny_model):
-    return open_policy(str(tiny_model), no_stage, device="cpu")
+    return open_policy(str(tiny_model), no_stage)
 
 
 def questions(kind="alpaca_eval", count=5):
@@ -128,13 +130,34 @@ def test_a_generation_that_was_ended_goes_on_to_the_same_bytes(policy, tmp_path,
     assert not unfinished.exists()
 
 
+def answer_once(monkeypatch):
+    """The engine dies after its first batch."""
+    rollout, calls = TransformersEngine.rollout, []
+
+    def dies(*args, **named):
+        calls.append(1)
+        if len(calls) > 1:
+            raise Ended
+        return rollout(*args, **named)
+
+    monkeypatch.setattr(TransformersEngine, "rollout", dies)
+
+
+def test_nothing_stands_in_the_way_before_the_first_answers_are_there(policy, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "rollout", lambda *args, **named: (_ for _ in ()).throw(Ended))
+        with pytest.raises(Ended):
+            generate(*policy, questions(), settings(tmp_path))
+    assert len(generate(*policy, questions(), settings(tmp_path, seed=3)).answers) == 5
+
+
 def test_answers_of_other_settings_are_not_mixed(policy, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(TransformersEngine, "rollout", lambda *args, **named: (_ for _ in ()).throw(Ended))
+    answer_once(monkeypatch)
     with pytest.raises(Ended):
         generate(*policy, questions(), settings(tmp_path))
     with pytest.raises(UserError, match="another seed and temperature"):
         generate(*policy, questions(), settings(tmp_path, seed=3, temperature=0.1))
-    other = open_policy(save_random_role(tiny_model, tmp_path / "role", "policy"), no_stage, device="cpu")
+    other = open_policy(save_random_role(tiny_model, tmp_path / "role", "policy"), no_stage)
     with pytest.raises(UserError, match="another model"):
         generate(*other, questions(), settings(tmp_path))
 
@@ -144,15 +167,16 @@ def test_what_cannot_be_generated_is_refused(policy, tmp_path):
         generate(*policy, questions(), settings(tmp_path, max_new_tokens=4096))
     with pytest.raises(UserError, match="cannot be the name of a file"):
         generate(*policy, questions("arena_hard_v2.0"), settings(tmp_path, name="meta/llama"))
+    for name, reason in (("a" * 250, "too long"), ("a\nb", "cannot be the name"), (".", "cannot be the name")):
+        with pytest.raises(UserError, match=reason):
+            generate(*policy, questions("arena_hard_v2.0"), settings(tmp_path, name=name))
+    long = Questions("arena_hard_v2.0", [Question(f"id{n}", "What? " * n * 10) for n in (1, 8)])
+    with pytest.raises(BenchmarkError, match=r"the questions 'id8' have as many tokens as the model takes, 256"):
+        generate(*policy, long, settings(tmp_path))
     assert not list(tmp_path.iterdir())
     (tmp_path / "model_outputs.json").write_text("[]")
     with pytest.raises(UserError, match="exists already"):
         generate(*policy, questions(), settings(tmp_path))
-
-
-def test_a_reward_role_gives_no_answers(tiny_model, tmp_path):
-    with pytest.raises(UserError, match="scores answers and gives none"):
-        open_policy(save_random_role(tiny_model, tmp_path / "reward", "reward"), no_stage, device="cpu")
 
 
 def test_style_is_counted_outside_of_code():
@@ -162,3 +186,56 @@ def test_style_is_counted_outside_of_code():
     assert counts["header_count"] == {"h1": 1, "h2": 1, "h3": 0, "h4": 0, "h5": 0, "h6": 0}
     assert counts["list_count"] == {"ordered": 2, "unordered": 1}
     assert counts["bold_count"] == {"**": 1, "__": 1}
+    # As Arena-Hard counts: what stands in a block of code is taken away wherever it stands.
+    assert style_counts(GeneratedAnswer("# A\n```# A\n```", 3, False))["header_count"]["h1"] == 0
+
+
+def later_of_two(prompts, **_):
+    """What a judge completes that prefers the later answer in the alphabet, as alpaca_eval asks for completions."""
+    answers = [prompt.split("<1>")[1].split("<2>") for prompt in prompts]
+    completions = ["first" if first > second else "second" for first, second in answers]
+    nothing = [0.0] * len(prompts)
+    return {"completions": completions, "price_per_example": nothing, "time_per_example": nothing}
+
+
+@pytest.mark.slow
+def test_alpaca_eval_itself_judges_what_was_generated(policy, tmp_path, monkeypatch):
+    """And its annotations are read here, with its win rate."""
+    alpaca_eval = pytest.importorskip("alpaca_eval")
+    from alpaca_eval.annotators import base
+
+    monkeypatch.setattr(base, "get_fn_completions", lambda name: later_of_two)
+    judge = {
+        "prompt_template": "judge/prompt.txt",
+        "fn_completions": "by_alphabet",
+        "completions_kwargs": {},
+        "fn_completion_parser": "regex_parser",
+        "completion_parser_kwargs": {"outputs_to_match": {1: "first", 2: "second"}},
+    }
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge/prompt.txt").write_text("{instruction}<1>{output_1}<2>{output_2}")
+    (tmp_path / "judge/configs.yaml").write_text(yaml.safe_dump({"judge": judge}))
+    files = [
+        generate(*policy, questions(), settings(tmp_path / name, name=name, seed=seed, temperature=1.0)).path
+        for seed, name in enumerate(("ours", "theirs"))
+    ]
+    leaderboard, annotations = alpaca_eval.evaluate(
+        *files,
+        annotators_config=str(tmp_path / "judge"),
+        base_dir=tmp_path,
+        fn_metric="get_winrate",
+        metric_kwargs={},
+        sort_by="win_rate",
+        is_return_instead_of_print=True,
+        output_path=None,
+        caching_path=None,
+        precomputed_leaderboard=None,
+        is_cache_leaderboard=False,
+    )
+    ours, theirs = ([row["output"] for row in json.loads(path.read_text(encoding="utf-8"))] for path in files)
+    wins = sum(one > other for one, other in zip(ours, theirs, strict=True))
+    assert 0 < wins < 5 and leaderboard.loc["ours", "win_rate"] == 100 * wins / 5
+    (tmp_path / "annotations.json").write_text(json.dumps(annotations))
+    [result] = read_annotations(str(tmp_path / "annotations.json"))
+    assert (result.model, result.baseline) == ("ours", "theirs")
+    assert result.overall.percent == 100 * wins / 5

@@ -1,4 +1,7 @@
-"""The length-controlled win rate against `alpaca_eval`'s own function, on a fixture of the file that it downloads."""
+"""The length-controlled win rate against `alpaca_eval`'s own function, on a fixture of the file that it downloads.
+
+Tests that need `alpaca_eval` (extra `eval`) are slow ones, before which `.ci/run` installs it.
+"""
 
 import random
 import sys
@@ -27,6 +30,7 @@ def result(count=INSTRUCTIONS):
     return model_result("m", "gpt4_1106_preview", "judge", comparisons, judgments)
 
 
+@pytest.mark.slow
 def test_it_is_the_rate_of_alpaca_eval(tmp_path, monkeypatch):
     pandas = pytest.importorskip("pandas")
     glm = pytest.importorskip("alpaca_eval.metrics.glm_winrate")
@@ -56,6 +60,7 @@ def test_it_is_the_rate_of_alpaca_eval(tmp_path, monkeypatch):
     assert abs(judged.length_controlled["length_controlled_winrate"] - judged.overall.percent) > 0.01
 
 
+@pytest.mark.slow
 def test_the_file_that_cannot_be_downloaded_is_named(monkeypatch):
     glm = pytest.importorskip("alpaca_eval.metrics.glm_winrate")
 
@@ -67,6 +72,7 @@ def test_the_file_that_cannot_be_downloaded_is_named(monkeypatch):
         length_controlled(result())
 
 
+@pytest.mark.slow
 def test_other_benchmarks_have_no_such_rate():
     pytest.importorskip("alpaca_eval")
     with pytest.raises(UserError, match=r"for all 805 instructions .* m answers 8"):

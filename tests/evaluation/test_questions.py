@@ -52,8 +52,16 @@ def test_a_question_that_occurs_twice_is_named(tmp_path):
         ({**OLD, "turns": [{"content": "a"}, {"content": "b"}]}, "several turns are not supported"),
         ({"messages": [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]}, "several messages"),
         ({"question": "a"}, "has the columns `question`"),
+        ({**NEW, "prompt": "a\ud800"}, "Row 1 of .*lone surrogate"),
+        ({"prompt": "a\ud800"}, "Row 1 of .*lone surrogate"),
     ],
 )
 def test_what_is_no_question_is_refused(tmp_path, row, reason):
     with pytest.raises(UserError, match=reason):
         read_questions(write(tmp_path / "question.jsonl", row))
+
+
+def test_the_row_of_a_bad_prompt_is_named(tmp_path):
+    path = write(tmp_path / "prompts.jsonl", {"prompt": "a"}, {"prompt": "b"}, {"prompt": ""})
+    with pytest.raises(BenchmarkError, match=r"^Row 3 of .*prompts.jsonl: the prompt in `prompt` is empty; correct"):
+        read_questions(path)

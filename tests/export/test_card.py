@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from rto_lightning.backbone import RoleCard
 from rto_lightning.export.card import Exported, write_card
 from rto_lightning.export.lineage import base_of, final_metrics, lineage
 from rto_lightning.export.names import public_card, shown
-from rto_lightning.export.source import SavedRole, find_source, stage_config
+from rto_lightning.saved.source import SavedRole, find_source, stage_config
 
 
 def write_stage(name: str, module: str, role: str, data: dict[str, Any] | None = None, **arguments: Any) -> Path:
@@ -67,6 +68,42 @@ def card_text(source: SavedRole) -> str:
     return Path("README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("beta_1", "granularity", "estimator", "title", "method"),
+    [
+        (0.1, "token", "gae", "RTO", "PPO on token rewards of a DPO model and one score an answer"),
+        (0.1, "sentence", "gae", "Semi-RTO", "PPO on token rewards of a DPO model, summed by sentence"),
+        (0.1, "delayed", "gae", "DDPO", "PPO on the summed token rewards"),
+        (0.1, "shaping", "gae", "RS-PPO", "PPO on one score an answer, shaped by"),
+        (0.1, "token", "grpo", "RTO-GRPO", "GRPO on token rewards of a DPO model and one score an answer"),
+        (0.0, "token", "gae", "PPO", "trained by PPO on one score an answer"),
+        (0.0, "token", "rloo", "RLOO", "trained by RLOO on one score an answer"),
+        (0.0, "token", "reinforce++", "REINFORCE++", "trained by REINFORCE++ on one score an answer"),
+    ],
+)
+def test_the_method_is_that_of_the_settings(place, beta_1, granularity, estimator, title, method):
+    rewards, ppo = {"beta_1": beta_1, "granularity": granularity}, {"estimator": estimator}
+    write_stage("rto", "RTOModule", "policy", backbone={"model": "owner/base"}, rewards=rewards, ppo=ppo)
+    source = find_source(Path("runs/rto"))
+    assert [record.title for record in lineage(source, source.card)] == [title]
+    text = card_text(source)
+    assert method in text and f"- {title.lower()}\n" in text
+
+
+def test_settings_of_a_loss_and_options_that_are_on_are_shown(place):
+    losses = {"label_smoothing": 0.0, "length_coefficient": 0.01, "margin": 0.0, "kl_coefficient": 0.5}
+    write_stage("dpo", "PreferenceModule", "dpo", backbone={"model": "owner/base"}, loss="rdpo", **losses)
+    source = find_source(Path("runs/dpo"))
+    text = card_text(source)
+    assert "| `model.length_coefficient` | 0.01 |" in text
+    assert not any(f"model.{name}" in text for name in losses if name != "length_coefficient")
+    rewards, ppo = {"truncation_penalty": 2.0, "short_penalty": 0.0}, {"entropy_coefficient": 0.0, "kl_stop": 0.5}
+    write_stage("rto", "RTOModule", "policy", backbone={"model": "owner/base"}, rewards=rewards, ppo=ppo)
+    text = card_text(find_source(Path("runs/rto")))
+    assert "| `model.rewards.truncation_penalty` | 2 |" in text and "| `model.ppo.kl_stop` | 0.5 |" in text
+    assert "short_penalty" not in text and "entropy_coefficient" not in text
+
+
 def test_stages_are_followed_back_to_the_base(place):
     source = write_pipeline("owner/base")
     records = lineage(source, source.card)
@@ -120,9 +157,9 @@ def test_a_file_of_another_program_is_no_configuration(place):
 def test_the_latest_settings_and_runs_count(place):
     write_pipeline("owner/base")
     folder = Path("runs/rto")
-    for name in ("config-2.yaml", "config-10.yaml", "config-test.yaml"):
+    for name in ("config-2.yaml", "config-3.yaml", "config-test.yaml"):
         (folder / name).write_text("")
-    assert stage_config(folder) == folder / "config-10.yaml"
+    assert stage_config(folder) == folder / "config-3.yaml"
     for run, rows in (("fit", "0,9.0,"), ("fit-2", "0,1.0,\n1,,2.0\n2,3.0,"), ("test", "0,5.0,")):
         (folder / "metrics" / run).mkdir(parents=True)
         (folder / "metrics" / run / "metrics.csv").write_text(f"step,{run[0]}/loss,{run[0]}/seconds/all\n{rows}\n")

@@ -1,5 +1,6 @@
 """Saved roles, exported by the command, load in plain PEFT and transformers and compute what they computed."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from rto_lightning.backbone import LoraSettings, RoleCard
 from rto_lightning.cli import main
+from rto_lightning.export import export as export_module
 from tests.export.oracles import classifier_scores, plain_logits, role_scores, weights
 from tests.roles import save_random_role
 
@@ -70,6 +72,28 @@ def test_merged_weights_are_rounded_once(models, place, kind, check):
         # The sum may lie so near to the middle of two values that float32 finds it on the other side.
         assert (merged[name] != exact.bfloat16()).float().mean() < 1e-3, name
     assert changed == 14
+
+
+@pytest.mark.parametrize("args", [(), ("--merge", "--dtype", "float32")], ids=["adapter", "merged"])
+def test_a_role_without_a_template_stays_without_that_of_its_base(models, place, args):
+    base, role = role_on(models, "tied", chat_template="plain")
+    assert AutoTokenizer.from_pretrained(base).chat_template is not None
+    for folder in (role, export(*args)):
+        assert AutoTokenizer.from_pretrained(folder).chat_template is None
+    assert "apply_chat_template" not in Path("out/README.md").read_text()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(models, place, capsys, monkeypatch):
+    role_on(models, "tied")
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export_module, "write_card", no_room)
+    assert main(["export", "role", "exported"]) == 1
+    told = capsys.readouterr().err
+    assert "exported could not be written (No space left on device; " in told and "Traceback" not in told
+    assert not list(Path(".").glob("exported*"))
 
 
 def test_the_check_says_what_rounding_costs(models, place, capsys):

@@ -1,24 +1,35 @@
-"""The fault matrix: counted by the fixture `faults`, printed when pytest ends."""
+"""Models, rows and whole runs that faults are put on. They are counted by the fixture `faults`."""
 
 import json
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.matrix import FaultMatrix
+from tests.faults.matrix import MATRIX, FaultMatrix
 from tests.faults.runs import fit, result, write_config
 from tests.models import write_tiny_model
 from tests.roles import save_random_role
 
-_matrix = FaultMatrix()
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark two of three cases of each test here as exhaustive, so that continuous integration tries every third."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % 3:
+                item.add_marker(pytest.mark.exhaustive)
+            cases[test] += 1
 
 
 @pytest.fixture
 def faults() -> FaultMatrix:
     """Counts faults, for the table at the end of the run."""
-    return _matrix
+    return MATRIX
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +59,3 @@ def whole(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> A
         return config, result(folder / stage)
 
     return run
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table."""
-    lines = _matrix.table()
-    if lines:
-        terminalreporter.section("fault matrix")
-        for line in lines:
-            terminalreporter.write_line(line)

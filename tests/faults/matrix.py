@@ -1,8 +1,9 @@
 """Counts the faults that the tests of this folder try and the ones that are survived, by area."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 class FaultMatrix:
@@ -29,6 +30,16 @@ class FaultMatrix:
             raise
         self.survived_in[area] += 1
 
+    def counts(self) -> dict[str, Any]:
+        """What another process can :meth:`add` to its own."""
+        return {"tried": dict(self.tried_in), "survived": dict(self.survived_in), "failed": self.failed}
+
+    def add(self, counts: Mapping[str, Any]) -> None:
+        """Take what another process has counted; nothing if there is nothing."""
+        self.tried_in.update(counts.get("tried", {}))
+        self.survived_in.update(counts.get("survived", {}))
+        self.failed += counts.get("failed", [])
+
     def table(self) -> list[str]:
         """The lines of the table, and one for each fault that was not survived; nothing if none was tried."""
         if not self.tried_in:
@@ -39,3 +50,7 @@ class FaultMatrix:
         lines = [f"{'area':<{width}}  tried  survived"]
         lines += [f"{area:<{width}}  {tried:5d}  {survived:8d}" for area, tried, survived in rows]
         return lines + [f"not survived: {fault}" for fault in self.failed]
+
+
+MATRIX = FaultMatrix()
+"""Of this process."""

@@ -173,4 +173,4 @@ def test_a_pipeline_goes_on_within_a_stage(
         assert run_pipeline(config, root, fault) == status
         assert run_pipeline(config, root) == 0, (tmp_path / "run.log").read_text()
         assert [result(root / stage) for stage in ("dpo", "rto")] == expected
-        assert {path.name for path in root.iterdir()} == {"dpo", "rto"}
+        assert {path.name for path in root.iterdir()} == {"dpo", "rto", "report.html"}

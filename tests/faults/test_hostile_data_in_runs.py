@@ -34,7 +34,6 @@ SOURCE = {"fit": "train", "validate": "validation", "test": "test", "predict": "
 @pytest.fixture
 def command(tiny_model, tmp_path, monkeypatch):
     """Runs a command on a stage with a tiny model and a file of rows; returns the exit status."""
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     monkeypatch.setattr(Events, "taken", 0)
     monkeypatch.setattr(Events, "after", {})
     trainer = {

@@ -140,7 +140,7 @@ def test_what_fails_for_longer_than_patience_ends_the_run(faults, chat, clock, f
     prompts, trajectory = responses(chat, TEXTS)
     with faults.tried(AREA, f"{fault}, for ever"), running(FaultyServer(fault=UNAVAILABLE[fault])) as server:
         source = remote(chat, server, clock=clock, batch_size=6, answer_timeout=0.1, patience=20.0)
-        with pytest.raises(UserError, match=r"for longer than model\.reward_service\.patience, 20 seconds") as error:
+        with pytest.raises(UserError, match=r"for longer than reward_service\.patience, 20 seconds") as error:
             source.score(prompts, trajectory)
         assert f"{server.url} gives no scores of responses 0 to 5 (" in str(error.value)
         assert 5 < clock.now() <= 20.0

@@ -16,7 +16,7 @@ import rto_lightning.callbacks.save_checkpoints
 import rto_lightning.modules.ppo_update
 import rto_lightning.modules.rto
 from rto_lightning.backbone import PolicyBackbone
-from rto_lightning.cli.lightning_cli import SaveRunConfig
+from rto_lightning.cli.run_files import SaveRunConfig
 from rto_lightning.modules import PreferenceModule, RewardModelModule, RTOModule, SFTModule, StageModule
 from rto_lightning.modules.reading import TrajectoryReader
 from rto_lightning.rollout import TransformersEngine

@@ -1,11 +1,12 @@
 """The HTML page: what it says, that nothing of a response gets out of its text, and how it looks in a browser."""
 
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rto_lightning.inspection import RewardedPair, TokenRewardPage
@@ -85,6 +86,7 @@ def test_no_text_gets_out_of_its_place(tmp_path: Path) -> None:
     assert HOSTILE not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_can_be_shown(text: str) -> None:
     page = TokenRewardPage([rewarded([text, STOP], [0.5, 0.0], text)]).html()
@@ -94,6 +96,8 @@ def test_any_text_can_be_shown(text: str) -> None:
 
 def test_characters_that_are_not_seen_are_named() -> None:
     assert visible("a\x00\u202eb\ud800\n") == "a[U+0000][U+202E]b[U+D800]\n"
+    assert visible("\u200b\ufeff\u200f") == "[U+200B][U+FEFF][U+200F]"
+    assert visible("👩\u200d🚀 می\u200cخواهم é") == "👩\u200d🚀 می\u200cخواهم é"
 
 
 def test_the_scale_is_symmetric_and_minds_no_outlier() -> None:
@@ -104,6 +108,12 @@ def test_the_scale_is_symmetric_and_minds_no_outlier() -> None:
     assert step_of(5.0, 1.0) == -step_of(-5.0, 1.0) == STEPS and step_of(0.04, 1.0) == 0
 
 
+def test_what_is_not_finite_has_its_place_on_the_scale() -> None:
+    assert symmetric_limit([0.5, math.nan, math.inf]) == 0.5
+    assert step_of(math.nan, 0.5) == 0 and step_of(math.inf, 0.5) == -step_of(-math.inf, 0.5) == STEPS
+
+
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6).filter(lambda reward: abs(reward) > 1e-6), min_size=1))
 def test_the_scale_covers_what_it_says(rewards: list[float]) -> None:
     limit = symmetric_limit(rewards)

@@ -147,3 +147,12 @@ def test_a_role_trained_against_an_adapter_needs_it(tiny_model: Path, tmp_path: 
     # Both have the same weights: their log-ratio is 0.
     read = TokenRewardReader(open_dpo_role(dpo, reference=str(sft))).responses(PROMPTS[:1], RESPONSES[:1])
     assert read[0].rewards == pytest.approx([0.0] * len(read[0].rewards), abs=1e-5)
+
+
+def test_a_response_has_the_place_that_its_prompt_leaves_in_the_context(backbone: PolicyBackbone) -> None:
+    reader = TokenRewardReader(backbone)
+    [whole, cut] = reader.responses([PROMPTS[0]] * 2, ["So.", "So. " * 99])
+    assert whole.special[-1] and not cut.special[-1]
+    assert len(backbone.chat.encode_prompt(PROMPTS[0])) + len(cut.token_ids) == 256
+    with pytest.raises(UserError, match=r"the prompt of response 2 has \d+ tokens, and the model takes 256"):
+        reader.responses([PROMPTS[0], question("Why? " * 60)], ["So.", "So."])

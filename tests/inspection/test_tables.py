@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rto_lightning.errors import UserError
@@ -108,6 +108,7 @@ def test_the_summary_says_what_the_tables_say() -> None:
 finite = st.floats(-100, 100, width=32)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(finite, finite, st.integers(0, 3)), min_size=3, max_size=30))
 def test_correlation_is_that_of_the_statistics_module(rows: list[tuple[float, float, int]]) -> None:
     x, y, clusters = (list(column) for column in zip(*rows, strict=True))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2
 
 from rto_lightning.backbone import BackboneSettings, LoraSettings, PolicyBackbone, Sequences, load_chat_tokenizer
 from rto_lightning.backbone.decoding import Draw, decode, evaluating
-from rto_lightning.backbone.kv_cache import build_cache
+from rto_lightning.backbone.kv_cache import build_cache, cache_argument
 from rto_lightning.memory.dry_run import Quantity, dry_run
 from rto_lightning.memory.live_bytes import LiveBytes, tensor_bytes
 from rto_lightning.memory.plan import plan_memory
@@ -240,7 +240,8 @@ def test_the_key_value_cache_is_counted_exactly(folders, architecture, options):
         cache = build_cache(model.config, tokens)
         ids = torch.ones(ROWS, tokens, dtype=torch.int64)
         model.eval()
-        model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+        decoder = model.get_decoder()
+        decoder(input_ids=ids, use_cache=True, **{cache_argument(decoder, cache): cache})
     held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
     assert planned[Quantity("KV cache", "policy", part)] == tensor_bytes(held)
 

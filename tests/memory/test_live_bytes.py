@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rto_lightning.memory.live_bytes import LiveBytes, tensor_bytes
+from rto_lightning.memory.shapes import quantized_weight
 
 SIZES = st.lists(st.integers(1, 1000), min_size=1, max_size=8)
 
@@ -62,5 +63,7 @@ def test_a_4_bit_product_is_seen_to_make_the_whole_weight(fake):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear4bit(256, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad(), LiveBytes() as live:
+        if fake:
+            layer.weight = quantized_weight(layer, torch.float32)  # the plan's, without storage
         layer(torch.ones(2, 256))
     assert live.peak >= 256 * 128 * 4

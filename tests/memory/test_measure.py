@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rto_lightning.memory import available_bytes, measure, peak_bytes, reset_peak, resident_bytes
+from rto_lightning.memory import Parallelism, available_bytes, measure, peak_bytes, reset_peak, resident_bytes
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -61,3 +61,10 @@ def test_another_system_tells_the_largest_there_ever_was(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "_CLEAR", tmp_path / "none" / "either")
     reset_peak(CPU)
     assert peak_bytes(CPU) == resident_bytes() > 50 * MIB
+
+
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(measure, "available_bytes", lambda device: 100)
+    four = Parallelism("ddp", processes=4, nodes=2)
+    assert measure.available_to_process(CPU, four) == 50
+    assert measure.available_to_process(torch.device("cuda"), four) == 100

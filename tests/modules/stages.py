@@ -69,8 +69,8 @@ def prompts(files: dict[str, str]) -> LightningDataModule:
 
 
 def rto(model: Path, **options: Any) -> RTOModule:
-    """RTO without DPO, scored by a Python function, unless the options say otherwise."""
-    backbone = settings(model, **options.pop("backbone", {}))
+    """RTO without DPO, scored by a Python function, unless the options say otherwise; `kind` is the class."""
+    backbone, kind = settings(model, **options.pop("backbone", {})), options.pop("kind", RTOModule)
     defaults: dict[str, Any] = {
         "reward_function": "tests.modules.stages:count_exclamations",
         "rollout": RolloutSettings(max_new_tokens=6),
@@ -80,7 +80,8 @@ def rto(model: Path, **options: Any) -> RTOModule:
         "policy_optimizer": adam,
         "critic_optimizer": adam,
     }
-    return RTOModule(backbone, **{**defaults, **options})
+    module: RTOModule = kind(backbone, **{**defaults, **options})
+    return module
 
 
 def full_rto(model: Path, roles: dict[tuple[str, str], str], mode: str = "adapters", **options: Any) -> RTOModule:

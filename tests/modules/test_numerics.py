@@ -15,6 +15,7 @@ from rto_lightning.errors import UserError
 from rto_lightning.modules import NumericsSettings, replay
 from rto_lightning.modules.finite import all_finite, first_nonfinite
 from rto_lightning.modules.numerics import NumericsGuard
+from rto_lightning.modules.reward_model import ScoreStatisticsSettings
 from rto_lightning.modules.score_statistics import collect_scores
 from rto_lightning.parallel import clip_gradients
 from tests.models import write_tiny_model
@@ -257,3 +258,6 @@ def test_metrics_of_held_out_data_are_only_warned_of(tiny_model, files, tmp_path
 def test_settings_out_of_range_are_refused():
     with pytest.raises(UserError, match=r"model\.numerics\.max_skipped_in_a_row is -1; set it to 0 or more"):
         NumericsSettings(max_skipped_in_a_row=-1)
+    for settings, message in (({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"samples": -5}, "samples is -5")):
+        with pytest.raises(UserError, match=rf"model\.score_statistics\.{message}"):
+            ScoreStatisticsSettings(**settings)

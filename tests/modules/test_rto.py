@@ -3,13 +3,17 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from rto_lightning.backbone import RoleCard
+from rto_lightning.callbacks import LogSamples
 from rto_lightning.errors import MissingInputError, UserError
+from rto_lightning.modules import RTOModule
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
 from rto_lightning.rollout import RolloutSettings
 from tests.models import randomize, some_sequences, write_tiny_classifier, write_tiny_model
 from tests.modules import stages
+from tests.roles import save_random_role
 
 FLOAT64 = {"dtype": "float64"}
 
@@ -33,9 +37,10 @@ def test_every_term_is_trained_on_and_logged(tiny_model, roles, files, tmp_path,
     terms = [first[f"train/reward/{name}"] for name in ("token", "kl", "score")]
     assert first["train/reward/total"] == pytest.approx(sum(terms), abs=1e-5)
     expected = {
-        "score", "entropy", "policy/loss", "policy/clip_fraction", "policy/approximate_kl", "value/loss", "value/error",
-        "value/explained_variance", "response/length", "response/truncated", "seconds/rollout", "seconds/scoring",
-        "seconds/update", "samples_per_second", "kl_coefficient", "policy/gradient_norm", "critic/gradient_norm",
+        "score", "entropy", "policy/loss", "policy/clip_fraction", "policy/approximate_kl", "critic/loss",
+        "critic/error", "critic/explained_variance", "response/length", "response/truncated", "seconds/rollout",
+        "seconds/scoring", "seconds/update", "samples_per_second", "kl_coefficient", "policy/gradient_norm",
+        "critic/gradient_norm",
     }  # fmt: skip
     assert {f"train/{name}" for name in expected} <= set(first)
 
@@ -209,6 +214,14 @@ def test_adaptive_kl_coefficient_moves_toward_the_target(tiny_model, files, tmp_
     assert float(fixed.kl_coefficient) == 0.01
 
 
+def test_a_kl_horizon_that_would_end_the_penalty_is_refused_before_training(tiny_model, files, tmp_path):
+    rollout = RolloutSettings(max_new_tokens=6, responses_per_prompt=2)
+    rewards = RewardSettings(beta_1=0.0, kl_target=50.0, kl_horizon=1)
+    module = stages.rto(tiny_model, rewards=rewards, rollout=rollout)
+    with pytest.raises(UserError, match="kl_horizon 1 is too short for the 8 responses"):
+        stages.fit(module, stages.prompts(files), tmp_path, steps=1)
+
+
 def test_truncation_is_penalised_and_tokens_are_left_alone(tiny_model, files):
     module = stages.rto(
         tiny_model, rewards=RewardSettings(beta_1=0.0, beta_3=0.0, truncation_penalty=3.0), reward_function=None
@@ -249,7 +262,14 @@ def test_trained_policy_is_saved_reloaded_and_used(tiny_model, files, tmp_path):
     [
         ({"rewards": RewardSettings(beta_1=0.1)}, "beta_1 is not 0, which needs a DPO role"),
         ({"reward_function": None}, "beta_3 is not 0, which needs"),
-        ({"critic": CriticSettings(init="reward")}, "critic.init is reward"),
+        ({"critic": CriticSettings(init="reward")}, "critic.init is reward, but model.reward is no saved"),
+        (
+            {
+                "critic": CriticSettings(init="reward"),
+                "rewards": RewardSettings(beta_1=0.0, beta_3=0.0, truncation_penalty=1.0),
+            },
+            "critic.init is reward, but rewards.beta_3 is 0",
+        ),
         ({"reward": "x"}, "both set"),
     ],
 )
@@ -348,6 +368,23 @@ def test_dpo_role_of_another_reference_is_refused(tiny_model, roles, files, tmp_
         module.configure_model()
 
 
+def test_a_whole_dpo_model_of_another_base_is_refused(tiny_model, roles, tmp_path):
+    """Its reference was that base, and not the one that this run has."""
+    other = write_tiny_model(tmp_path / "other", seed=5)
+    dpo = save_random_role(other, tmp_path / "dpo", "dpo", mode="full")
+    with pytest.raises(UserError, match="trained against another reference"):
+        stages.full_rto(tiny_model, roles, "full", dpo=dpo).configure_model()
+    named = stages.full_rto(tiny_model, roles, "full", dpo=dpo, dpo_reference=str(other))
+    named.configure_model()
+    assert "dpo_reference" in named.backbone.roles
+
+
+def test_the_folder_of_a_stage_is_no_role(tiny_model, roles, tmp_path):
+    (tmp_path / "role").mkdir()
+    with pytest.raises(UserError, match=f"{tmp_path} is the folder of a stage; its role is {tmp_path / 'role'}."):
+        stages.full_rto(tiny_model, roles, dpo=str(tmp_path))
+
+
 @pytest.mark.parametrize(("setting", "role"), [("dpo", "reward"), ("reward", "dpo")])
 def test_a_role_of_the_wrong_kind_is_refused(tiny_model, roles, setting, role):
     module = stages.full_rto(tiny_model, roles, **{setting: roles["adapters", role]})
@@ -376,6 +413,35 @@ def test_seed_everything_reaches_rollouts_and_data(tiny_model, files, monkeypatc
 def test_settings_out_of_range_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("sanity", [0, 1], ids=["", "sanity check"])
+def test_where_checkpoints_are_read_late_a_resumed_run_measures_no_scores(
+    tiny_model, files, tmp_path, monkeypatch, sanity
+):
+    """As under FSDP, which reads them after `on_fit_start`."""
+    measured = []
+    measure = RTOModule.measure_score_statistics
+
+    def counting(module, *arguments):
+        measured.append(module.global_step)
+        measure(module, *arguments)
+
+    monkeypatch.setattr(RTOModule, "measure_score_statistics", counting)
+    callbacks = [ModelCheckpoint(tmp_path, filename="{step}"), LogSamples(prompts=2)]
+    options = {"enable_checkpointing": True, "callbacks": callbacks}
+    early = stages.rto(tiny_model, seed=1)
+    stages.trainer(tmp_path, 1).fit(early, stages.prompts(files))
+    assert measured == [0]
+
+    monkeypatch.setattr(SingleDeviceStrategy, "restore_checkpoint_after_setup", True)
+    late, trainer = stages.rto(tiny_model, seed=1), stages.trainer(tmp_path, 1, **options)
+    trainer.num_sanity_val_steps = sanity
+    trainer.fit(late, stages.prompts(files))
+    assert measured == [0, 0] and late.scores.statistics() == early.scores.statistics()
+    resumed = stages.rto(tiny_model, seed=1)
+    stages.trainer(tmp_path, 2).fit(resumed, stages.prompts(files), ckpt_path=tmp_path / "step=1.ckpt")
+    assert measured == [0, 0] and resumed.scores.statistics() == early.scores.statistics()
 
 
 def test_a_run_goes_on_from_its_checkpoint(tiny_model, files, tmp_path):

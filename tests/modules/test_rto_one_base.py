@@ -191,7 +191,7 @@ def _fit_by_command(model, files, folders, folder, lr):
     assert main(["fit", "--config", str(folder.with_suffix(".yaml"))]) == 0
     with (folder / "metrics" / "fit" / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["train/policy/loss"]]
-    return [[float(row[f"train/{name}/loss"]) for row in rows] for name in ("policy", "value")]
+    return [[float(row[f"train/{name}/loss"]) for row in rows] for name in ("policy", "critic")]
 
 
 def test_qlora_by_command_trains_policy_and_critic(tiny_model, files, folders, tmp_path):

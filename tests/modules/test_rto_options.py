@@ -250,7 +250,7 @@ def test_value_clipping_stops_values_that_moved_too_far(scored_float64):
         metrics = accumulate_value_gradients(
             module.backbone, moved, torch.arange(4), PPOSettings(value_clip_range=clip), lambda loss: loss.backward()
         )
-        fractions[clip], losses[clip] = metrics["value/clip_fraction"].item(), metrics["value/loss"].item()
+        fractions[clip], losses[clip] = metrics["critic/clip_fraction"].item(), metrics["critic/loss"].item()
     assert fractions == {None: 0.0, 0.2: 1.0, 5.0: 0.0}
     assert losses[None] == losses[5.0] == pytest.approx(0.5 * 0.5**2)
     assert losses[0.2] == pytest.approx(0.5 * 1.3**2)
@@ -311,7 +311,7 @@ def test_held_out_prompts_need_no_critic(tiny_model, roles, files, tmp_path):
         single, stages.prompts(files), verbose=False
     )  # one answer each
     assert set(module.backbone.roles) == {"reference", "policy", "dpo", "reward"}
-    assert not any("value" in name for name in metrics)
+    assert not any("critic" in name for name in metrics)
 
 
 def test_one_module_predicts_then_tests_then_trains(tiny_model, roles, files, tmp_path):
@@ -355,6 +355,7 @@ def test_options_out_of_range_are_refused(make, message):
         ),
         ({"critic": CriticSettings(warmup_iterations=2), "ppo": PPOSettings(estimator="reinforce++")}, "has none"),
         ({"rewards": RewardSettings(beta_1=0.0, min_response_tokens=9, short_penalty=1.0)}, "is above rollout"),
+        ({"rewards": RewardSettings(beta_1=0.0, beta_3=0.0)}, "both 0, so that nothing is rewarded"),
         ({"rewards": RewardSettings(beta_1=0.0, beta_3=0.0), "more_rewards": [WeightedReward("x")]}, "beta_3 0 leaves"),
     ],
 )

@@ -5,9 +5,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rto_lightning.algorithms import policy_loss, value_loss
+from rto_lightning.backbone import BackboneSettings
 from rto_lightning.modules.ppo_gradients import accumulate_policy_gradients
+from rto_lightning.modules.reading import reads_while_sampling
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings
-from rto_lightning.modules.scoring import samples_exactly
 from tests.models import randomize
 from tests.modules import stages
 
@@ -56,7 +57,7 @@ def test_one_backward_gives_the_gradient_of_both_losses(tiny_model, files, micro
 
     assert len(forwards) == -(-3 // microbatch_size)
     assert float(metrics["policy/loss"]) == pytest.approx(float(of_policy), abs=1e-6)  # logged in float32
-    assert float(metrics["value/loss"]) == pytest.approx(float(of_values), abs=1e-6)
+    assert float(metrics["critic/loss"]) == pytest.approx(float(of_values), abs=1e-6)
     for parameter, gradient in zip(trained, expected, strict=True):
         assert gradient.abs().sum() > 0
         # Three forwards against one: transformers' RMSNorm computes in float32.
@@ -72,7 +73,7 @@ def test_while_the_critic_warms_up_the_policy_stays(tiny_model, files, tmp_path)
         torch.equal(a, b) for a, b in zip(before["policy"], module.backbone.trained_parameters("policy"), strict=True)
     )
     assert not torch.equal(before["critic"][0], module.backbone.trained_parameters("critic")[0])
-    assert "train/policy/loss" not in metrics[0] and metrics[0]["train/value/loss"] > 0
+    assert "train/policy/loss" not in metrics[0] and metrics[0]["train/critic/loss"] > 0
 
 
 def test_a_policy_that_stops_early_leaves_the_critic_its_updates(tiny_model, files, tmp_path):
@@ -80,7 +81,7 @@ def test_a_policy_that_stops_early_leaves_the_critic_its_updates(tiny_model, fil
     module = stages.rto(tiny_model, critic=SHARED, ppo=ppo)
     metrics = stages.recorded_fit(module, files, tmp_path, steps=2)
     assert metrics[0]["train/policy/optimizer_steps"] == 1  # the ratio is 1 at the first, and no longer at the second
-    assert all(step["train/value/loss"] > 0 and step["train/critic/gradient_norm"] > 0 for step in metrics)
+    assert all(step["train/critic/loss"] > 0 and step["train/critic/gradient_norm"] > 0 for step in metrics)
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -119,25 +120,27 @@ def test_it_goes_on_from_a_checkpoint(tiny_model, files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantized", "precision", "exact"),
+    ("dtype", "quantization", "precision", "exact"),
     [
-        (torch.float32, False, "32-true", True),
-        (torch.float64, False, "64-true", True),
-        (torch.bfloat16, False, "32-true", False),
-        (torch.float32, True, "32-true", False),
-        (torch.float32, False, "bf16-mixed", False),
+        ("float32", None, "32-true", True),
+        ("float64", None, "64-true", True),
+        ("bfloat16", None, "32-true", False),
+        ("float32", "nf4", "32-true", False),
+        ("float32", None, "bf16-mixed", False),
     ],
 )
-def test_only_32_bits_sample_exactly(dtype, quantized, precision, exact):
-    assert samples_exactly(dtype, quantized, precision) == exact
+def test_only_32_bits_sample_exactly(dtype, quantization, precision, exact):
+    backbone = BackboneSettings("model", dtype=dtype, quantization=quantization)
+    assert reads_while_sampling(None, backbone, precision) == exact
+    assert reads_while_sampling(True, backbone, precision) and not reads_while_sampling(False, backbone, precision)
 
 
 def test_shortened_products_do_not_sample_exactly():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        assert not samples_exactly(torch.float32, False, "32-true")
-        assert samples_exactly(torch.float64, False, "64-true")
+        assert not reads_while_sampling(None, BackboneSettings("model", dtype="float32"), "32-true")
+        assert reads_while_sampling(None, BackboneSettings("model", dtype="float64"), "64-true")
     finally:
         torch.set_float32_matmul_precision(before)
 

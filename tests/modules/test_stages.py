@@ -3,11 +3,15 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 
 from rto_lightning.backbone import RoleCard
 from rto_lightning.errors import MissingInputError, UserError
+from rto_lightning.modules import PreferenceModule, RewardModelModule, SFTModule
+from rto_lightning.modules.reward_model import ScoreStatisticsSettings
 from tests.models import make_backbone
 from tests.modules import stages
+from tests.roles import save_random_role
 
 MODES = ["adapters", "full"]
 
@@ -119,6 +123,31 @@ def test_next_stage_starts_from_the_sft_adapter(tiny_model, files, tmp_path):
     assert not torch.allclose(base.token_logprobs("reference", some_sequences())[0], expected)
 
 
+def test_the_reward_model_starts_from_the_sft_adapter(tiny_model, files, tmp_path):
+    sft = save_random_role(tiny_model, tmp_path / "sft", "policy")
+    module = stages.fit(stages.reward_model(tiny_model, init=sft), stages.preferences(files), tmp_path / "run", steps=1)
+    module.save_role(tmp_path / "reward")
+    card = RoleCard.read(tmp_path / "reward")
+    assert card is not None and card.role == "reward" and card.init_fingerprint is not None
+    again = stages.reward_model(tiny_model, init=sft)
+    again.configure_model()
+    start = load_file(f"{sft}/adapter_model.safetensors")
+    started = [weight for name, weight in again.named_parameters() if "lora_A" in name and ".reward." in name]
+    assert len(started) == sum("lora_A" in name for name in start)
+    assert sorted(weight.sum().item() for weight in started) == pytest.approx(
+        sorted(weight.sum().item() for name, weight in start.items() if "lora_A" in name)
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "saved"), [(PreferenceModule, "reward"), (SFTModule, "reward"), (RewardModelModule, "dpo")]
+)
+def test_a_role_of_another_kind_is_not_trained_further(tiny_model, tmp_path, module, saved):
+    trained = save_random_role(tiny_model, tmp_path / "role", saved)
+    with pytest.raises(UserError, match=f"was saved as the role {saved} and cannot be used as"):
+        module(stages.settings(tiny_model), trained=trained)
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_precision_that_rounds_trained_weights_is_refused(tiny_model, files, tmp_path, precision):
     with pytest.raises(UserError, match=precision):
@@ -144,7 +173,7 @@ def test_init_that_is_a_full_model_is_refused(tiny_model):
 
 def test_reward_role_survives_scores_without_spread(tiny_model, files, tmp_path):
     module = stages.reward_model(tiny_model)
-    module.score_statistics.samples = 1
+    module.score_statistics = ScoreStatisticsSettings(samples=1, max_new_tokens=6)
     with pytest.warns(UserWarning, match="saved without score statistics"):
         stages.fit(module, stages.preferences(files), tmp_path, steps=1)
     module.save_role(tmp_path / "role")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-TIME_LIMIT = 180.0
-"""Seconds for a whole notebook."""
+TIME_LIMIT = 1200.0
+"""Seconds after which a notebook hangs; on two cores of a recent processor each takes a minute or two."""
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -45,7 +45,7 @@ def test_committed_outputs_hold_no_error_and_no_warning(path: Path) -> None:
 @pytest.mark.slow
 @each_notebook
 def test_runs_from_a_clean_kernel(path: Path) -> None:
-    """Within the time limit, and with the figures that are committed."""
+    """To its end, and with the figures that are committed."""
     import nbclient
     import nbformat
 

@@ -1,14 +1,12 @@
-"""Over-optimization and the picture of learning curves. Reading them is in `test_stages.py`."""
+"""What learning curves say. Reading those of real stages is in `test_stages.py`, drawing in `test_curve_figures.py`."""
 
 import math
 import random
 from pathlib import Path
 
-import matplotlib.colors
-import matplotlib.image
-import numpy
+import yaml
 
-from rto_lightning.quickstart.curves import over_optimization, plot_learning_curves
+from rto_lightning.quickstart.curves import first_to_reach, over_optimization, read_curve, smoothed
 
 
 def curve(gold: list[float], score: list[float]) -> list[dict[str, float]]:
@@ -38,19 +36,28 @@ def test_noise_is_not_over_optimization() -> None:
         assert over_optimization(flat) is None
 
 
-def test_learning_curves_are_a_png(tmp_path: Path) -> None:
-    path = tmp_path / "plots" / "curves.png"
-    runs = {"PPO": curve([0.0, 1.0, 2.0], [0.0, 0.5, 1.0]), "RTO": curve([0.0, 2.0], [0.0, 1.0])}
-    runs["RTO"].append({"iteration": 2, "gold": math.nan, "kl": 0.3})
-    plot_learning_curves(path, runs, {"SFT": 0.1})
-    assert path.read_bytes().startswith(b"\x89PNG")
+def test_samples_are_counted_where_the_settings_are_there(tmp_path: Path) -> None:
+    (tmp_path / "metrics/fit").mkdir(parents=True)
+    (tmp_path / "metrics/fit/metrics.csv").write_text("step,train/gold,train/kl\n0,1.5,\n,,\n3,2.5,0.25\n")
+    assert read_curve(str(tmp_path)) == [{"iteration": 1, "gold": 1.5}, {"iteration": 4, "gold": 2.5, "kl": 0.25}]
+    settings = {
+        "data": {"init_args": {"batch_size": 16}},
+        "model": {"init_args": {"rollout": {"responses_per_prompt": 4}}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert [point["samples"] for point in read_curve(str(tmp_path))] == [64, 256]
 
 
-def test_many_runs_have_a_legend_below_the_panels(tmp_path: Path) -> None:
-    runs = {f"run {i}": curve([0.1 * i, 1.0 + 0.1 * i], [0.0, 0.1 * i]) for i in range(11)}
-    plot_learning_curves(tmp_path / "many.png", runs)
-    image = matplotlib.image.imread(tmp_path / "many.png")[..., :3]
-    below = image[int(0.88 * len(image)) :]
-    for colour in ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"):
-        near = numpy.abs(below - matplotlib.colors.to_rgb(colour)).max(-1) < 0.02
-        assert near.sum() > 10, f"{colour} is not in the legend"
+def test_averages_stand_where_their_window_ends() -> None:
+    points = curve([0.0, 3.0, math.nan, 6.0], [1.0, 1.0, 2.0, 3.0])
+    gold = smoothed(points, "gold", window=3)
+    assert [(point["iteration"], point["gold"], point["score"]) for point in gold] == [(3, 3.0, 3.0)]
+    assert [point["score"] for point in smoothed(points, "score", window=2)] == [1.0, 1.5, 2.5]
+    assert smoothed(points, "gold", window=4) == []
+
+
+def test_a_level_is_reached_by_an_average() -> None:
+    points = curve([0.0, 4.0, 0.0, 4.0, 4.0], [0.0] * 5)
+    reached = first_to_reach(points, "gold", 3.0, window=2)
+    assert reached is not None and (reached["iteration"], reached["gold"]) == (4, 4.0)
+    assert first_to_reach(points, "gold", 4.5, window=2) is None

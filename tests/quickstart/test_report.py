@@ -5,8 +5,9 @@ import math
 import pytest
 
 from rto_lightning.errors import UserError
+from rto_lightning.quickstart.gold import best_review, gold_reward
 from rto_lightning.quickstart.policies import PolicyEvaluation
-from rto_lightning.quickstart.report import policy_rows, policy_table
+from rto_lightning.quickstart.report import Estimate, answers_text, policy_rows, policy_table
 
 
 def evaluation(gold: list[list[float]], kl: float = 0.0, length: float = 5.0) -> PolicyEvaluation:
@@ -72,3 +73,19 @@ def test_evaluations_that_differ_in_size_are_refused() -> None:
             policy_rows({"SFT": sft, "RTO": evaluation(other)})
     with pytest.raises(UserError, match="'SFT' was not evaluated; the policies are RTO"):
         policy_rows({"RTO": sft})
+
+
+def test_an_interval_has_95_percent() -> None:
+    assert Estimate(1.0, 0.5).interval == pytest.approx((0.02, 1.98))
+
+
+def test_answers_stand_behind_their_gold_reward() -> None:
+    prompt = [{"role": "user", "content": "write a kind review of the small camera and its lens"}]
+    best = best_review(prompt)
+    text = answers_text([prompt], {"SFT": ["the lens ."], "policy": [best]})
+    question, sft, policy = text.splitlines()
+    assert question == prompt[0]["content"]
+    assert sft == f"  SFT     {gold_reward(prompt, 'the lens .'):+5.2f}  the lens ."
+    assert policy == f"  policy  {gold_reward(prompt, best):+5.2f}  {best}"
+    with pytest.raises(UserError, match="SFT has 0 answers to 1 prompts"):
+        answers_text([prompt], {"SFT": []})

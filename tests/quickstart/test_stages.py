@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from rto_lightning.backbone import PolicyBackbone
-from rto_lightning.cli.lightning_cli import default_loggers
+from rto_lightning.cli.run_files import with_default_loggers
 from rto_lightning.data import DemonstrationDataModule, PromptDataModule
 from rto_lightning.errors import UserError
 from rto_lightning.modules.rto_settings import RewardSettings
@@ -66,7 +66,7 @@ def policies(world, tmp_path_factory) -> tuple[Path, dict[str, list[dict[str, fl
         data = PromptDataModule(train=prompts, validation=prompts, max_prompt_tokens=32, batch_size=4)
         callback = GoldReward("requirement") if beta_1 else GoldReward()
         truth[name] = Measure("requirement" if beta_1 else "sum")
-        options = {"logger": default_loggers(folder / name, "fit"), "callbacks": [callback, truth[name]]}
+        options = {"logger": with_default_loggers([], folder / name, "fit"), "callbacks": [callback, truth[name]]}
         stages.fit(module, data, folder / name, ITERATIONS, log_every_n_steps=1, val_check_interval=1, **options)
         module.save_role(folder / name / "role")
     return folder, {name: measure.iterations for name, measure in truth.items()}

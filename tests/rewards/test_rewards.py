@@ -27,6 +27,18 @@ def too_few(prompts, responses):
     return [1.0]
 
 
+def no_numbers(prompts, responses):
+    return ["good", "bad"]
+
+
+def one_argument(responses):
+    return [0.0 for _ in responses]
+
+
+def nothing(prompts, responses):
+    return None
+
+
 @pytest.fixture(scope="module")
 def backbone(tiny_model):
     return make_backbone(tiny_model)
@@ -47,9 +59,22 @@ def test_function_reads_text(backbone, trajectory):
     assert source.score(PROMPTS, trajectory).tolist() == [9.0, 3.0]
 
 
-def test_function_with_a_wrong_answer_is_refused(backbone, trajectory):
-    with pytest.raises(UserError, match="1 scores for 2 responses"):
-        FunctionReward(f"{__name__}:too_few", backbone.chat).score(PROMPTS, trajectory)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("too_few", "1 scores for 2 responses"),
+        ("no_numbers", "what is no list of numbers"),
+        ("nothing", "what is no list of numbers"),
+    ],
+)
+def test_function_with_a_wrong_answer_is_refused(backbone, trajectory, name, message):
+    with pytest.raises(UserError, match=f"{name} returned {message}"):
+        FunctionReward(f"{__name__}:{name}", backbone.chat).score(PROMPTS, trajectory)
+
+
+def test_function_of_other_arguments_is_refused_before_it_is_called(backbone):
+    with pytest.raises(UserError, match=r"one_argument does not take what it is called with, \(prompts, responses\)"):
+        FunctionReward(f"{__name__}:one_argument", backbone.chat)
 
 
 @pytest.mark.parametrize("path", ["no_colon", "no.such.module:f", "math:no_such_function", "math:pi"])
@@ -67,6 +92,13 @@ def test_outside_model_scores_as_transformers_does(backbone, trajectory, tmp_pat
         with torch.no_grad():
             expected = plain(torch.tensor([ids])).logits.squeeze()
         torch.testing.assert_close(score.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_what_is_longer_than_an_outside_model_takes_is_refused(backbone, trajectory, tmp_path):
+    model = OutsideRewardModel(str(write_tiny_classifier(tmp_path / "rm")), backbone.chat, torch.float32)
+    model.context = 8
+    with pytest.raises(UserError, match=r"tokens for the reward model .*rm, which takes 8; lower data.max_prompt"):
+        model.score(PROMPTS, trajectory)
 
 
 def test_source_is_chosen_by_what_the_folder_holds(tiny_model, tmp_path):

@@ -162,7 +162,7 @@ def test_responses_to_one_prompt_share_its_forward_and_the_longest_prompts_come_
 def test_gradients_flow_after_a_rollout(tiny_model, changes, autocast):
     """On some CPUs one inference forward repacks NF4 weights into a layout without gradients."""
     backbone = _backbone(tiny_model, dtype="float32", **changes)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):  # as Lightning has it
         trajectory = _rollout(backbone, PROMPTS, range(8), max_new_tokens=4, with_logprobs=True)
         assert trajectory.logprobs.dtype == torch.float32 and (trajectory.logprobs <= 0).all()
         logprobs, _ = backbone.token_logprobs("policy", trajectory.sequences)

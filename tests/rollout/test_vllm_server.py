@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -152,7 +153,7 @@ def test_a_killed_server_counts_as_a_crash(fake_vllm, backbone):
 
 
 def test_what_a_server_said_before_it_ended_is_told(fake_vllm, backbone, monkeypatch):
-    monkeypatch.setattr(backbone.settings, "model", "broken")
+    monkeypatch.setattr(backbone, "settings", replace(backbone.settings, model="broken"))
     client = _client(backbone, start_timeout=20.0)
     with pytest.raises(UserError, match=r"vLLM did not start: ValueError: Head size 7 is not supported. bye;"):
         client.start()

@@ -1,5 +1,7 @@
 """Where a run stands in the checkpoints that `SaveCheckpoints` writes, with a stage of two weights."""
 
+import time
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -9,6 +11,7 @@ from rto_lightning.callbacks import SaveCheckpoints
 from rto_lightning.errors import UserError
 from rto_lightning.runs.checkpoint_files import WholeCheckpointIO, progress_of
 from rto_lightning.runs.folder import checkpoint_to_resume, last_checkpoint
+from rto_lightning.runs.limits import limits_of, limits_of_settings
 from tests.cli.stub_stage import StubBackboneSettings, StubData, StubStage
 
 
@@ -58,10 +61,45 @@ def test_a_run_that_a_callback_has_ended_stays_ended_unless_it_is_made_longer(tm
 
     run(tmp_path, 7, callbacks=[StopAfterThree()])
     last = last_checkpoint(tmp_path)
-    assert last.name == "step=3.ckpt" and progress_of(last).has_reached(7, None)
+    assert last.name == "step=3.ckpt" and progress_of(last).has_reached([7, -1, None])
     assert run(tmp_path / "again", 7, last).global_step == 3
-    assert not progress_of(last).has_reached(8, None)
+    assert not progress_of(last).has_reached([8, -1, None])
+    assert not progress_of(last).has_reached([7, 5, None])
     assert run(tmp_path / "longer", 8, last).global_step == 8
+
+
+def test_a_run_that_its_time_has_ended_goes_on_with_more_of_it(tmp_path):
+    class TakesLonger(Callback):
+        def on_train_batch_start(self, *_):
+            time.sleep(1.1)
+
+    run(tmp_path, 7, max_time={"seconds": 1}, callbacks=[TakesLonger()])
+    last = last_checkpoint(tmp_path)
+    ended = progress_of(last)
+    assert ended.steps == 1 and ended.has_reached(limits_of_settings(7, None, "00:00:00:01"))
+    assert not ended.has_reached(limits_of_settings(7, None, "00:01:00:00"))
+    assert run(tmp_path / "again", 7, last, max_time={"seconds": 1}).global_step == 1
+    assert run(tmp_path / "longer", 7, last, max_time={"hours": 1}).global_step == 7
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_steps": 5}, {"max_epochs": 3}, {"max_time": "01:00:00:02"}, {"max_steps": 5, "max_epochs": 1}],
+    ids=str,
+)
+def test_limits_are_those_that_lightning_makes_of_the_settings(tmp_path, settings):
+    found = []
+
+    class Limits(Callback):
+        def on_train_start(self, trainer, pl_module):
+            found.append(limits_of(trainer))
+            trainer.should_stop = True
+
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(default_root_dir=tmp_path, callbacks=[Limits()], logger=False, **quiet, **settings)
+    trainer.fit(StubStage(StubBackboneSettings()), StubData())
+    asked = {"max_steps": -1, "max_epochs": None, "max_time": None} | settings
+    assert found == [limits_of_settings(**asked)]
 
 
 def test_a_run_that_ends_while_gradients_are_accumulated_saves_no_half_step(tmp_path):

@@ -96,3 +96,13 @@ def test_a_child_of_the_process_is_not_stopped_by_interrupts():
             send(signal.SIGTERM)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+
+
+def test_several_processes_that_do_not_train_yet_are_ended_at_once():
+    """As `signal` has it by itself: a process that waits for another one within torch calls no handler."""
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals(processes=2) as signals:
+        assert signal.getsignal(signal.SIGTERM) is before
+        signals.listen()
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -26,12 +26,13 @@ LARGEST_ANSWER = 16 * 2**20
 
 _BUSY = (408, 425, 429)
 _NOT_IMPLEMENTED = 501  # the one status from 500 on that waiting does not change
+_NAME_TOKEN = "name the environment variable with its token (reward_service.token_variable; evaluate: --key_variable)"
 _WAYS_OUT = {
-    401: "name the environment variable with its token in model.reward_service.token_variable",
-    403: "name the environment variable with its token in model.reward_service.token_variable",
-    404: "give model.reward_url the path too, such as /get_reward",
-    405: "give model.reward_url the path too, such as /get_reward",
-    413: "lower model.reward_service.batch_size",
+    401: _NAME_TOKEN,
+    403: _NAME_TOKEN,
+    404: "give its address with the path too, such as /get_reward",
+    405: "give its address with the path too, such as /get_reward",
+    413: "ask it about fewer responses at a time (reward_service.batch_size)",
 }
 
 T = TypeVar("T")
@@ -110,8 +111,8 @@ class RewardServiceClient:
                 service = await pool.choose(deadline)
             except OutOfPatience as problems:
                 raise UserError(
-                    f"{pool.name} gives no scores of {about} ({problems}), for longer than "
-                    f"model.reward_service.patience, {self.settings.patience:g} seconds; start it again, or raise that."
+                    f"{pool.name} gives no scores of {about} ({problems}), for longer than reward_service.patience, "
+                    f"{self.settings.patience:g} seconds; start it again, or raise that."
                 ) from None
             sent_at = pool.now()
             try:
@@ -167,7 +168,7 @@ class RewardServiceClient:
             raise Unavailable(said, _seconds(response.headers.get("Retry-After", "")))
         way_out = _WAYS_OUT.get(status, "its log may say why")
         if response.is_redirect:  # not followed: it would turn the request into a GET, and take the token along
-            way_out = "give model.reward_url the address that it redirects to"
+            way_out = "give the address that it redirects to"
         raise UserError(f"{service.name} refused a request ({said}); {way_out}.")
 
 

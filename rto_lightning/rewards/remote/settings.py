@@ -13,7 +13,7 @@ _WHERE = "model.reward_service"
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RewardServiceSettings:
     """How an HTTP reward service is asked; read only with `reward_url`. Each device asks about its own responses."""
 
@@ -85,15 +85,15 @@ def service_urls(given: str | Sequence[str]) -> list[httpx2.URL]:
         except (httpx2.InvalidURL, TypeError):
             url = httpx2.URL()
         if url.scheme not in ("http", "https") or not url.host:  # not repeated: it may hold a password all the same
-            raise UserError("model.reward_url holds what is no HTTP address; write http://HOST:PORT/PATH.")
+            raise UserError("the address of the reward service is no HTTP address; write http://HOST:PORT/PATH.")
         if url.userinfo:
             raise UserError(
-                f"model.reward_url {shown_url(url)} holds a user name or password; put a token into an environment "
-                f"variable and name that one in {_WHERE}.token_variable."
+                f"the reward service's address {shown_url(url)} holds a user name or password; put a token into an "
+                "environment variable and give the name of that."
             )
         urls.append(url)
     if not urls:
-        raise UserError("model.reward_url is an empty list; name a reward service, or set it to null.")
+        raise UserError("the addresses of reward services are an empty list; name one, or set it to null.")
     return urls
 
 

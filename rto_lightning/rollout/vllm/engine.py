@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rto_lightning.backbone import PolicyBackbone, ValueHead
-from rto_lightning.backbone.policy_backbone import BASE
+from rto_lightning.backbone.role_bank import BASE
 from rto_lightning.backbone.sequences import pad_right
 from rto_lightning.errors import UserError
 from rto_lightning.parallel import gather_objects, rank
@@ -236,7 +236,8 @@ class VLLMEngine:
     @property
     def _dtype(self) -> torch.dtype:
         """In which full weights are handed over: that of the engine."""
-        return getattr(torch, engine_arguments(self.backbone, self.settings)["dtype"])
+        dtype: torch.dtype = getattr(torch, engine_arguments(self.backbone, self.settings)["dtype"])
+        return dtype
 
     def _check_output_layer(self, model: Any) -> None:
         """On a CPU vLLM packs the output layer, and leaves it as it was when the embeddings it is tied to change."""
