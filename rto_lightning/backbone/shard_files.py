@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata, ReadItem
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, StorageMeta
 
 from rto_lightning.backbone.model_files import check_folder, check_names
 from rto_lightning.errors import UserError, first_line
@@ -98,10 +98,19 @@ class _IndexUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The class, or the data type, of a name in the file."""
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in self._CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"its index holds {module}.{name}, which could run code")
+
+
+def _memory_format(kind: Any, name: str) -> Any:
+    """What `getattr` may do in an index: Python 3.11.0 to 3.11.3 pickle a member of an enumeration by its name."""
+    if kind is _MEM_FORMAT_ENCODING and name in _MEM_FORMAT_ENCODING.__members__:
+        return _MEM_FORMAT_ENCODING[name]
+    raise pickle.UnpicklingError(f"its index holds getattr of {kind!r}, which could run code")
 
 
 class _Reader(FileSystemReader):
