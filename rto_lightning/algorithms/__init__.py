@@ -33,9 +33,9 @@ from rto_lightning.algorithms.ppo import (
     value_loss,
 )
 from rto_lightning.algorithms.preference import PreferenceLoss, dpo_loss, ipo_loss, rdpo_loss, simpo_loss
-from rto_lightning.algorithms.ranking import PairRecords, ranking_accuracies
+from rto_lightning.algorithms.ranking import PairRecords, pair_accuracy, ranking_accuracies
 from rto_lightning.algorithms.rewards import RewardTerms, compose_rewards
-from rto_lightning.algorithms.statistics import clustered_mean_interval
+from rto_lightning.algorithms.statistics import clustered_mean_interval, fractional_ranks
 from rto_lightning.algorithms.token_dpo import tdpo1_loss, tdpo2_loss
 from rto_lightning.algorithms.token_rewards import (
     Granularity,
@@ -65,6 +65,7 @@ __all__ = [
     "engine_mismatch",
     "estimate_advantages",
     "explained_variance",
+    "fractional_ranks",
     "generalized_advantages",
     "ipo_loss",
     "kl_estimate",
@@ -72,6 +73,7 @@ __all__ = [
     "masked_mean",
     "masked_sum",
     "move_token_rewards",
+    "pair_accuracy",
     "place_at_last_token",
     "policy_loss",
     "ranking_accuracies",

@@ -30,6 +30,23 @@ class PairRecords:
             self.scores.setdefault(name, []).append(values.double().cpu())
 
 
+def pair_accuracy(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """Whether a score ranks each pair as labelled.
+
+    Args:
+        chosen_scores: Shape ``(B,)``.
+        rejected_scores: Shape ``(B,)``.
+
+    Returns:
+        1 where the chosen answer scores higher, 0.5 at a tie, else 0; shape ``(B,)``.
+
+    Example:
+        >>> pair_accuracy(torch.tensor([2.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0]))
+        tensor([1.0000, 0.0000, 0.5000])
+    """
+    return (chosen_scores > rejected_scores).to(chosen_scores.dtype) + 0.5 * (chosen_scores == rejected_scores)
+
+
 def ranking_accuracies(records: PairRecords) -> dict[str, float]:
     """Share of pairs in which the chosen answer scores higher; a tie counts half.
 
@@ -53,7 +70,7 @@ def ranking_accuracies(records: PairRecords) -> dict[str, float]:
     results: dict[str, float] = {"pairs": float(len(clusters)), "pairs_like_length": float(like_length.sum())}
     for name, batches in records.scores.items():
         chosen, rejected = (torch.cat([values.chunk(2)[side] for values in batches]) for side in (0, 1))
-        correct = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+        correct = pair_accuracy(chosen, rejected)
         for suffix, selected in (("", torch.ones_like(like_length)), ("_like_length", like_length)):
             if selected.any():
                 mean, low, high = clustered_mean_interval(correct[selected], clusters[selected])

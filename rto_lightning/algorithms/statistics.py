@@ -1,4 +1,4 @@
-"""Uncertainty of a mean when observations come in groups."""
+"""Statistics of observations: the uncertainty of a mean when they come in groups, and their ranks."""
 
 import torch
 from torch import Tensor
@@ -39,3 +39,22 @@ def clustered_mean_interval(values: Tensor, clusters: Tensor, z: float = 1.96) -
     variance = count / (count - 1) * residual_sums.square().sum() / len(values) ** 2
     half_width = z * variance.sqrt()
     return mean, mean - half_width, mean + half_width
+
+
+def fractional_ranks(values: Tensor) -> Tensor:
+    """Places in ascending order, as for Spearman's correlation.
+
+    Args:
+        values: Shape ``(N,)``, without nan.
+
+    Returns:
+        Places from 1; equal values share the mean of their places. Shape ``(N,)``, float64.
+
+    Example:
+        >>> fractional_ranks(torch.tensor([3.0, 1.0, 3.0, 2.0]))
+        tensor([3.5000, 1.0000, 3.5000, 2.0000], dtype=torch.float64)
+    """
+    _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last: Tensor = counts.cumsum(0).double()
+    places: Tensor = last - (counts.double() - 1) / 2
+    return places[group]

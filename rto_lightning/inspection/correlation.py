@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rto_lightning.algorithms import fractional_ranks
 from rto_lightning.errors import UserError
 from rto_lightning.inspection.responses import RewardedResponse
 from rto_lightning.inspection.tables import prompt_clusters
@@ -54,7 +55,7 @@ def clustered_correlation(x: Tensor, y: Tensor, clusters: Tensor, ranked: bool =
     """
     x, y = x.double(), y.double()
     if ranked:
-        x, y = ranks(x), ranks(y)
+        x, y = fractional_ranks(x), fractional_ranks(y)
     x, y = x - x.mean(), y - y.mean()
     _, group = torch.unique(clusters, return_inverse=True)
     moments = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], dim=1)
@@ -68,14 +69,6 @@ def clustered_correlation(x: Tensor, y: Tensor, clusters: Tensor, ranked: bool =
     )
     low, high = _correlation(resampled).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Correlation(value, low, high, len(x))
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Places in ascending order from 1, (N,) float64; equal values share the mean of their places."""
-    _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last: Tensor = counts.cumsum(0).double()
-    places: Tensor = last - (counts.double() - 1) / 2
-    return places[group]
 
 
 def score_correlation(responses: Sequence[RewardedResponse], ranked: bool = False) -> Correlation:

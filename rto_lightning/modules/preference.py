@@ -15,6 +15,7 @@ from rto_lightning.algorithms import (
     dpo_loss,
     ipo_loss,
     masked_sum,
+    pair_accuracy,
     ranking_accuracies,
     rdpo_loss,
     simpo_loss,
@@ -254,7 +255,7 @@ class PreferenceModule(StageModule):
         margins = result.chosen_rewards - result.rejected_rewards
         metrics = {
             "loss": loss,
-            "accuracy": (margins > 0).float().mean() + 0.5 * (margins == 0).float().mean(),
+            "accuracy": pair_accuracy(result.chosen_rewards, result.rejected_rewards).mean(),
             "margin": margins.mean(),
             "reward_chosen": result.chosen_rewards.mean(),
             "reward_rejected": result.rejected_rewards.mean(),

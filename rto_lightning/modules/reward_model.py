@@ -7,7 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from rto_lightning.algorithms import bradley_terry_loss
+from rto_lightning.algorithms import bradley_terry_loss, pair_accuracy
 from rto_lightning.backbone import BackboneSettings, RoleCard
 from rto_lightning.data import PreferenceBatch
 from rto_lightning.errors import UserError, check_settings
@@ -137,7 +137,7 @@ class RewardModelModule(StageModule):
         loss = bradley_terry_loss(chosen, rejected).mean()
         metrics = {
             "loss": loss,
-            "accuracy": (chosen > rejected).float().mean() + 0.5 * (chosen == rejected).float().mean(),
+            "accuracy": pair_accuracy(chosen, rejected).mean(),
             "margin": (chosen - rejected).mean(),
             "score_chosen": chosen.mean(),
             "score_rejected": rejected.mean(),

@@ -3,7 +3,6 @@
 Gold weights are those of the gold reward that is a sum; the other one has none.
 """
 
-import itertools
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rto_lightning.algorithms import token_rewards
+from rto_lightning.algorithms import fractional_ranks, token_rewards
 from rto_lightning.backbone import ChatTokenizer, Message, PolicyBackbone
 from rto_lightning.errors import UserError
 from rto_lightning.quickstart.gold import STOP, gold_token_rewards
@@ -126,20 +125,9 @@ def token_correlation(
         ours.extend(values)
     if len(gold) != len(ours):
         raise UserError("The rewards and the responses differ in their numbers of tokens; give one for each token.")
-    return _correlation(_ranks(ours), _ranks(gold)) if ranked else _correlation(ours, gold)
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Places in ascending order, from 1; equal values share the mean of their places."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [0.0] * len(values)
-    first = 1
-    for _, group in itertools.groupby(order, key=values.__getitem__):
-        tied = list(group)
-        for index in tied:
-            ranks[index] = first + (len(tied) - 1) / 2
-        first += len(tied)
-    return ranks
+    if ranked:
+        ours, gold = (fractional_ranks(torch.tensor(values, dtype=torch.float64)).tolist() for values in (ours, gold))
+    return _correlation(ours, gold)
 
 
 def _correlation(a: Sequence[float], b: Sequence[float]) -> float | None:

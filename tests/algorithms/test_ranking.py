@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from rto_lightning.algorithms import PairRecords, ranking_accuracies
+from rto_lightning.algorithms import PairRecords, pair_accuracy, ranking_accuracies
+
+
+def test_a_pair_is_ranked_right_wrong_or_tied() -> None:
+    chosen, rejected = torch.tensor([2.0, -1.0, 0.5]).double(), torch.tensor([1.0, 1.0, 0.5]).double()
+    assert pair_accuracy(chosen, rejected).tolist() == [1.0, 0.0, 0.5]
+    assert pair_accuracy(chosen, rejected).dtype == torch.float64
 
 
 def test_shares_of_pairs_that_a_score_ranks_as_labelled() -> None:

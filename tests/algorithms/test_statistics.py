@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rto_lightning.algorithms import clustered_mean_interval
+from rto_lightning.algorithms import clustered_mean_interval, fractional_ranks
 
 VALUES = st.lists(st.floats(-10, 10), min_size=2, max_size=12)
 
@@ -75,3 +75,14 @@ def test_one_cluster_has_a_mean_but_no_interval() -> None:
 
 def test_no_observations() -> None:
     assert all(x.isnan() for x in clustered_mean_interval(doubles([]), torch.tensor([], dtype=torch.int64)))
+
+
+def test_equal_values_share_the_mean_of_their_places() -> None:
+    places = fractional_ranks(torch.tensor([3.0, 1.0, 3.0, 2.0]))
+    assert places.tolist() == [3.5, 1.0, 3.5, 2.0] and places.dtype == torch.float64
+
+
+@given(VALUES)
+def test_a_rank_counts_what_is_lower_and_half_of_the_equals(numbers: list[float]) -> None:
+    for value, place in zip(numbers, fractional_ranks(doubles(numbers)).tolist(), strict=True):
+        assert place == sum(other < value for other in numbers) + (numbers.count(value) + 1) / 2

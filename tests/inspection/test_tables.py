@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rto_lightning.algorithms import fractional_ranks
 from rto_lightning.errors import UserError
 from rto_lightning.inspection import (
     RewardedPair,
@@ -22,7 +23,6 @@ from rto_lightning.inspection import (
     pair_ranking,
     score_correlation,
 )
-from rto_lightning.inspection.correlation import ranks
 from rto_lightning.inspection.responses import as_responses
 from rto_lightning.inspection.summary import RewardSummary
 from tests.inspection.made import STOP, pair, rewarded
@@ -122,11 +122,8 @@ def test_correlation_is_that_of_the_statistics_module(rows: list[tuple[float, fl
     if not math.isnan(found.value):  # one that varies by rounding only
         assert found.value == pytest.approx(expected, abs=1e-6)
     ranked = clustered_correlation(*tensors, ranked=True).value
-    assert ranked == pytest.approx(statistics.correlation(ranks(tensors[0]).tolist(), ranks(tensors[1]).tolist()))
-
-
-def test_ranks_share_places() -> None:
-    assert ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
+    places = [fractional_ranks(tensor).tolist() for tensor in tensors[:2]]
+    assert ranked == pytest.approx(statistics.correlation(*places))
 
 
 def test_the_interval_knows_of_clusters() -> None:
