@@ -1,6 +1,7 @@
 """Load a base model and its tokenizer from a hub name or a local folder."""
 
 import importlib
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,11 @@ def load_config(source: str, revision: str | None = None, trust_remote_code: boo
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as there
         raise _not_loadable("configuration", source, error) from error
+
+
+def context_length(config: Any) -> int:
+    """Tokens that a model of this configuration takes; `sys.maxsize` where it gives no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def load_causal_lm(

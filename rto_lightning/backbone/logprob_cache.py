@@ -126,7 +126,7 @@ def compute_logprobs(
     Batches hold responses of like length, the longest first, so that there is little padding and a device that is too
     small says so at once.
     """
-    device = _device(backbone, role)
+    device = backbone.model_of(role).device
     offsets = torch.tensor([0, *map(len, responses)]).cumsum(0)
     values = torch.empty(0)
     order = sorted(range(len(responses)), key=lambda row: len(prompts[row]) + len(responses[row]), reverse=True)
@@ -160,7 +160,7 @@ def logprobs_key(
     weights: str | None = None,
 ) -> str:
     """SHA-256 in hex of all that the log-probabilities follow from; see :func:`cached_logprobs` for the arguments."""
-    settings, device = backbone.settings, _device(backbone, role).type
+    settings, device = backbone.settings, backbone.model_of(role).device.type
     parts = {
         "format": FORMAT,
         "transformers": transformers.__version__,  # holds the code of the models
@@ -184,7 +184,7 @@ def weights_hash(backbone: PolicyBackbone, role: str) -> str:
     weights once, which takes a second for each gigabyte or so.
     """
     played = backbone.roles[role]
-    model: Any = backbone.models[played.model]
+    model = backbone.model_of(role)
     of_others: set[int] = set()
     scales: list[float] = []
     if played.model == BASE:
@@ -208,12 +208,6 @@ def weights_hash(backbone: PolicyBackbone, role: str) -> str:
 
 
 # Inside ---------------------------------------------------------------------------------------------------------
-
-
-def _device(backbone: PolicyBackbone, role: str) -> torch.device:
-    model: Any = backbone.models[backbone.roles[role].model]
-    device: torch.device = model.device
-    return device
 
 
 def _sequences_hash(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> str:

@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -17,7 +17,13 @@ from rto_lightning.backbone.chat import ChatTokenizer
 from rto_lightning.backbone.cpu_linear import onednn_is_faster, use_onednn
 from rto_lightning.backbone.fingerprints import base_fingerprint
 from rto_lightning.backbone.heads import HEAD_FILE, ScalarHead, freeze_unused_output_layer
-from rto_lightning.backbone.loading import check_same_vocabulary, check_tokenizer, load_causal_lm, save_model
+from rto_lightning.backbone.loading import (
+    check_same_vocabulary,
+    check_tokenizer,
+    context_length,
+    load_causal_lm,
+    save_model,
+)
 from rto_lightning.backbone.model_files import ADAPTER_CONFIG
 from rto_lightning.backbone.roles import Role, RoleCard, kind_of_role, role_folder
 from rto_lightning.backbone.settings import BackboneSettings
@@ -172,7 +178,15 @@ class RoleBank(nn.Module):
         """
         role = self.roles[name]
         with self.adapters.active(role.adapter) if role.model == BASE else nullcontext():
-            yield self.models[role.model]  # type: ignore[misc]
+            yield self.model_of(name)
+
+    def model_of(self, name: str) -> PreTrainedModel:
+        """The model that a role computes with, perhaps among others; :meth:`play` makes it compute as this one."""
+        return cast(PreTrainedModel, self.models[self.roles[name].model])
+
+    def context_length(self, name: str) -> int:
+        """Tokens that the model of a role takes, prompt and response together."""
+        return context_length(self.model_of(name).config)
 
     def head(self, name: str) -> ScalarHead:
         """The scalar head of a role that has one."""
@@ -235,7 +249,7 @@ class RoleBank(nn.Module):
         return model
 
     def _add_head(self, name: str, folder: Path | None, trainable: bool) -> None:
-        model: Any = self.models[self.roles[name].model]
+        model = self.model_of(name)
         head = ScalarHead(model.config.get_text_config().hidden_size, self.settings.trained_dtype)
         if folder is not None:
             head.load(folder, name, needed=not trainable)

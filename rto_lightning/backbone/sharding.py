@@ -106,7 +106,7 @@ def forward_of_role(method: Callable[Concatenate[Any, str, P], T]) -> Callable[C
 
     @wraps(method)
     def run(backbone: Any, name: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return as_forward(backbone.models[backbone.roles[name].model], lambda: method(backbone, name, *args, **kwargs))
+        return as_forward(backbone.model_of(name), lambda: method(backbone, name, *args, **kwargs))
 
     return run
 

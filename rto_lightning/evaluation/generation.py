@@ -5,7 +5,6 @@ goes on gives the bytes of one that ran through.
 """
 
 import hashlib
-import sys
 import time
 from array import array
 from collections.abc import Sequence
@@ -187,8 +186,7 @@ def _encode(backbone: PolicyBackbone, role: str, questions: Sequence[Question], 
     """
     ids = backbone.chat.encode_prompts([question.messages for question in questions])
     longest = max(map(len, ids))
-    model: Any = backbone.models[backbone.roles[role].model]
-    context: int = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    context = backbone.context_length(role)
     too_long = (question.id for question, row in zip(questions, ids, strict=True) if len(row) >= context)
     refuse_ids(too_long, "the questions", f"have as many tokens as the model takes, {context}", "leave them out")
     if longest + max_new_tokens > context:
@@ -205,8 +203,7 @@ def _encode(backbone: PolicyBackbone, role: str, questions: Sequence[Question], 
 def _weights_fingerprint(backbone: PolicyBackbone, role: str) -> str:
     """Changes when a role is trained further: of each of its weights the first ones are read."""
     digest = hashlib.sha256()
-    part = backbone.roles[role]
-    for name, weight in backbone.models[part.model].named_parameters():
+    for name, weight in backbone.model_of(role).named_parameters():
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(_bytes(weight.detach().flatten()[:_WEIGHTS_READ]))
     return digest.hexdigest()[:16]

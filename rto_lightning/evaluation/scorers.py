@@ -30,7 +30,7 @@ def role_scorer(role: ServedRole) -> Scorer:
     def score(prompts: list[list[Message]], texts: list[str]) -> list[float]:
         rows = role.encode(ScoreRequest([], messages=prompts, responses=texts))
         scores = [math.nan] * len(texts)
-        for part in _parts([len(row) for row in rows], role.max_tokens, _BATCHES_AT_ONCE * role.batch_size):
+        for part in _parts([len(row) for row in rows], role.context_length, _BATCHES_AT_ONCE * role.batch_size):
             picked = ScoreRequest([], messages=[prompts[n] for n in part], responses=[texts[n] for n in part])
             for number, value in zip(part, role(picked), strict=True):
                 scores[number] = value
@@ -48,7 +48,7 @@ def outside_scorer(model: OutsideRewardModel, batch_size: int) -> Scorer:
         pairs = zip(chat.encode_prompts(prompts), chat.encode_responses(texts, sys.maxsize), strict=True)
         rows = list(pairs)
         scores = [math.nan] * len(texts)
-        for part in _parts([len(prompt) + len(answer) for prompt, answer in rows], model.context, batch_size):
+        for part in _parts([len(prompt) + len(answer) for prompt, answer in rows], model.context_length, batch_size):
             trajectory = _trajectory([rows[number] for number in part], chat, device)
             for number, value in zip(part, model.score([prompts[n] for n in part], trajectory).tolist(), strict=True):
                 scores[number] = value

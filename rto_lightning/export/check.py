@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rto_lightning.backbone import BackboneSettings, ChatTokenizer, Sequences
 from rto_lightning.backbone.decoding import evaluating
-from rto_lightning.backbone.loading import load_pretrained, load_tokenizer
+from rto_lightning.backbone.loading import context_length, load_pretrained, load_tokenizer
 from rto_lightning.errors import UserError
 from rto_lightning.export.merge import load_plain
 from rto_lightning.saved.opening import OpenedRole
@@ -62,7 +62,7 @@ class Agreement:
 
 def check_sequences(chat: ChatTokenizer, config: Any) -> Sequences:
     """The conversations that are compared, no longer than a model takes."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 4096
+    longest = context_length(config)
     prompts = [chat.encode_prompt([{"role": "user", "content": question}]) for question, _ in _CONVERSATIONS]
     responses = [chat.encode_response(answer, _LONGEST_RESPONSE) for _, answer in _CONVERSATIONS]
     return Sequences.from_lists([row[-(longest - _LONGEST_RESPONSE) :] for row in prompts], responses, chat.pad_id)

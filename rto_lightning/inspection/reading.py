@@ -1,8 +1,6 @@
 """Ask the roles of a backbone for token rewards of responses: sampled ones, texts, and preference pairs."""
 
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,16 +141,13 @@ class TokenRewardReader:
         Raises:
             UserError: if there are none.
         """
-        roles = [self.backbone.roles[name] for name in (self.dpo, self.reference)]
-        models: list[Any] = [self.backbone.models[role.model] for role in roles]
-        configs = [model.config.get_text_config() for model in models]
-        context = min(getattr(config, "max_position_embeddings", sys.maxsize) for config in configs)
+        context = min(self.backbone.context_length(role) for role in (self.dpo, self.reference))
         if len(prompt) >= context:
             raise UserError(
                 f"the prompt of response {number + 1} has {len(prompt)} tokens, and the model takes {context} with the "
                 "response; leave it out."
             )
-        return int(context - len(prompt))
+        return context - len(prompt)
 
     def pairs(self, pairs: Sequence[Preference]) -> list[RewardedPair]:
         """Rewards of both responses of each pair."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from rto_lightning.backbone import ChatTokenizer, Message, Sequences
-from rto_lightning.backbone.loading import load_chat_tokenizer_from, load_pretrained
+from rto_lightning.backbone.loading import context_length, load_chat_tokenizer_from, load_pretrained
 from rto_lightning.errors import UserError
 from rto_lightning.rollout import Trajectory, response_texts
 
@@ -38,8 +38,7 @@ class OutsideRewardModel(nn.Module):
                 f"the reward model {model} has {self.model.config.num_labels} labels; "
                 "one that gives a single score is needed."
             )
-        text_config = self.model.config.get_text_config()
-        self.context: int = getattr(text_config, "max_position_embeddings", sys.maxsize)
+        self.context_length = context_length(self.model.config)
         """Tokens of a prompt and its response that the model takes."""
         # The model's own head chooses the position it was trained on, the last token that is not padding.
         if self.model.config.pad_token_id is None:
@@ -57,10 +56,10 @@ class OutsideRewardModel(nn.Module):
                 response.pop()  # it never ended, and is scored as it is
         joined = [prompt + response for prompt, response in zip(encoded_prompts, responses, strict=True)]
         longest = max(map(len, joined))
-        if longest > self.context:
+        if longest > self.context_length:
             raise UserError(
                 f"a prompt with its response has {longest} tokens for the reward model {self.name}, which takes "
-                f"{self.context}; lower data.max_prompt_tokens or rollout.max_new_tokens."
+                f"{self.context_length}; lower data.max_prompt_tokens or rollout.max_new_tokens."
             )
         sequences = Sequences.from_lists([[] for _ in joined], joined, self.model.config.pad_token_id).to(
             trajectory.truncated.device

@@ -50,9 +50,7 @@ class OpenedRole:
     @property
     def model(self) -> PreTrainedModel:
         """The model on which it is played, with its adapter, if it is one, inside."""
-        model = self.backbone.models[self.backbone.roles[self.name].model]
-        assert isinstance(model, PreTrainedModel)
-        return model
+        return self.backbone.model_of(self.name)
 
     def release(self) -> None:
         """Give up the backbone, and the memory of its weights, of which another model may need so much."""

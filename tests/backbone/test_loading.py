@@ -1,4 +1,4 @@
-"""4-bit weights where bitsandbytes is missing, too old, or has no kernels for the device."""
+"""4-bit weights where bitsandbytes is missing, too old, or has no kernels for the device; how long a context is."""
 
 import sys
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig
 
 from rto_lightning.backbone import loading
-from rto_lightning.backbone.loading import check_quantization, load_causal_lm
+from rto_lightning.backbone.loading import check_quantization, context_length, load_causal_lm
 from rto_lightning.errors import UserError
 from tests.models import backbone_settings
 
@@ -91,3 +91,9 @@ def test_noise_of_routers_is_off() -> None:
     config = AutoConfig.for_model("mixtral", router_jitter_noise=0.1)
     loading.switch_dropout_off(config)
     assert config.router_jitter_noise == 0.0
+
+
+def test_a_context_may_have_another_name_or_no_limit() -> None:
+    assert context_length(LlamaConfig(max_position_embeddings=512)) == 512
+    assert context_length(GPT2Config(n_positions=128)) == 128
+    assert context_length(MambaConfig()) == sys.maxsize

@@ -96,7 +96,7 @@ def test_outside_model_scores_as_transformers_does(backbone, trajectory, tmp_pat
 
 def test_what_is_longer_than_an_outside_model_takes_is_refused(backbone, trajectory, tmp_path):
     model = OutsideRewardModel(str(write_tiny_classifier(tmp_path / "rm")), backbone.chat, torch.float32)
-    model.context = 8
+    model.context_length = 8
     with pytest.raises(UserError, match=r"tokens for the reward model .*rm, which takes 8; lower data.max_prompt"):
         model.score(PROMPTS, trajectory)
 

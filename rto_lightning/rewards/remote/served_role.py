@@ -21,8 +21,8 @@ class ServedRole:
 
     def __init__(self, backbone: PolicyBackbone, role: str, batch_size: int) -> None:
         self.backbone, self.role, self.batch_size = backbone, role, batch_size
-        model: Any = backbone.models[backbone.roles[role].model]
-        self.max_tokens: int = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+        model: Any = backbone.model_of(role)
+        self.context_length = backbone.context_length(role)
         self.vocabulary_size: int = model.get_input_embeddings().weight.shape[0]
         self.device: torch.device = model.device
 
@@ -35,9 +35,10 @@ class ServedRole:
         """
         rows = self.encode(request)
         for number, row in enumerate(rows):
-            if not 0 < len(row) <= self.max_tokens:
+            if not 0 < len(row) <= self.context_length:
                 raise BadRequest(
-                    f"response {number} and its prompt have {len(row)} tokens; the model takes 1 to {self.max_tokens}"
+                    f"response {number} and its prompt have {len(row)} tokens; the model takes 1 to "
+                    f"{self.context_length}"
                 )
         by_length = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
         scores = [0.0] * len(rows)
