@@ -100,15 +100,16 @@ class LogSamples(RolloutCallback):
         batch = self._batch.to(pl_module.device)
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             trajectory = pl_module.rollout(batch, EVALUATION, pl_module.saved_role)
-            scored = pl_module.reward(trajectory, batch.messages, pl_module.saved_role)
+            rewarded = pl_module.reward(trajectory, batch.messages, pl_module.saved_role)
         if not trainer.is_global_zero:
             return
-        scores = None if scored.scores is None else scored.scores[:, 0]
-        rewarded = rewarded_responses(pl_module.chat, batch.messages, trajectory.sequences, scored.terms.token, scores)
-        kl, total = (masked_sum(table, scored.mask, dim=1).tolist() for table in (scored.kl, scored.terms.total))
+        scores = None if rewarded.scores is None else rewarded.scores[:, 0]
+        tokens = rewarded.terms.token
+        responses = rewarded_responses(pl_module.chat, batch.messages, trajectory.sequences, tokens, scores)
+        kl, total = (masked_sum(table, rewarded.mask, dim=1).tolist() for table in (rewarded.kl, rewarded.terms.total))
         new = [
             Sample(trainer.global_step, number, response, kl[number], total[number], bool(trajectory.truncated[number]))
-            for number, response in enumerate(rewarded)
+            for number, response in enumerate(responses)
         ]
         self.samples += new
         self._write(trainer, "a", new)

@@ -51,8 +51,8 @@ def load_stage_module(config: Path, trusted: bool = False) -> "StageModule":
 def open_stage(folder: str | Path, weights: Literal["start", "last"] = "last") -> "tuple[StageModule, ChatDataModule]":
     """The module of a stage with all its roles, and its data, without a trainer and on the CPU: for a notebook.
 
-    Of an RTO stage `rollout` and `score` can be called, on `next(iter(data.first_epoch()))` for example. The stage's
-    `config.yaml` may name code, which is then imported as `fit` would.
+    Of an RTO stage `rollout` and `make_experience` can be called, on `next(iter(data.first_epoch()))` for example. The
+    stage's `config.yaml` may name code, which is then imported as `fit` would.
 
     Args:
         folder: the stage's folder.

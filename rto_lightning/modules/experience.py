@@ -21,7 +21,7 @@ class PolicyReading:
 
 
 @dataclass(frozen=True)
-class ScoredTrajectory:
+class RewardedTrajectory:
     """A trajectory with what the roles say of it. All (B, T) fields are 0 outside the response."""
 
     trajectory: Trajectory
@@ -66,8 +66,8 @@ class ScoredTrajectory:
 
 
 @dataclass(frozen=True)
-class Experience(ScoredTrajectory):
-    """A scored trajectory with what policy and critic are trained on."""
+class Experience(RewardedTrajectory):
+    """A rewarded trajectory with what policy and critic are trained on."""
 
     values: Tensor | None
     """Of the critic before each token, (B, T), in units of the reward; None without a critic."""
@@ -77,7 +77,7 @@ class Experience(ScoredTrajectory):
     """Targets of the critic, or the return to go without one, (B, T)."""
 
     def metrics(self) -> dict[str, Tensor]:
-        """Those of the scored trajectory, and of the critic."""
+        """Those of the rewarded trajectory, and of the critic."""
         result = super().metrics()
         if self.values is not None:
             result |= {

@@ -7,24 +7,24 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rto_lightning.backbone import Sequences
-from rto_lightning.modules.experience import ScoredTrajectory
+from rto_lightning.modules.experience import RewardedTrajectory
 from rto_lightning.parallel import gather_rows, largest, rank, ranks
 from rto_lightning.rollout import Trajectory
 
 
-def gather_scored(scored: ScoredTrajectory, values: Tensor | None) -> tuple[ScoredTrajectory, Tensor | None]:
-    """Scored trajectories and values of the critic of all ranks, in the order of ranks.
+def gather_rewarded(rewarded: RewardedTrajectory, values: Tensor | None) -> tuple[RewardedTrajectory, Tensor | None]:
+    """Rewarded trajectories and values of the critic of all ranks, in the order of ranks.
 
     Args:
-        scored: B samples, as many on every rank.
+        rewarded: B samples, as many on every rank.
         values: (B, T), or None on every rank.
 
     Returns:
         W * B samples with W ranks; with one, what was given.
     """
     if ranks() == 1:
-        return scored, values
-    sequences = scored.trajectory.sequences
+        return rewarded, values
+    sequences = rewarded.trajectory.sequences
     prompt_width, width = largest(sequences.prompt_width, sequences.response_width)
 
     def tokens(table: Tensor) -> Tensor:
@@ -37,19 +37,19 @@ def gather_scored(scored: ScoredTrajectory, values: Tensor | None) -> tuple[Scor
         return gather_rows(pad(table, outside))
 
     everyone = Sequences(both(sequences.input_ids), both(sequences.attention_mask), tokens(sequences.response_mask))
-    trajectory = scored.trajectory
+    trajectory = rewarded.trajectory
     names = [f.name for f in fields(Trajectory) if f.name not in _NOT_TABLES]
     known = [name for name in names if getattr(trajectory, name) is not None]
     tables: dict[str, Any] = {name: tokens(getattr(trajectory, name)) for name in known}
     trajectory = replace(trajectory, sequences=everyone, truncated=gather_rows(trajectory.truncated), **tables)
-    terms = replace(scored.terms, **{f.name: tokens(getattr(scored.terms, f.name)) for f in fields(scored.terms)})
+    terms = replace(rewarded.terms, **{f.name: tokens(getattr(rewarded.terms, f.name)) for f in fields(rewarded.terms)})
     gathered = replace(
-        scored,
+        rewarded,
         trajectory=trajectory,
-        logprobs=tokens(scored.logprobs),
-        entropy=tokens(scored.entropy),
-        kl=tokens(scored.kl),
-        scores=None if scored.scores is None else gather_rows(scored.scores),
+        logprobs=tokens(rewarded.logprobs),
+        entropy=tokens(rewarded.entropy),
+        kl=tokens(rewarded.kl),
+        scores=None if rewarded.scores is None else gather_rows(rewarded.scores),
         terms=terms,
     )
     return gathered, None if values is None else tokens(values)

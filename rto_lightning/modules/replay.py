@@ -76,7 +76,7 @@ def _iteration(module: RTOModule, dump: dict[str, Any]) -> Iterator[tuple[str, T
     if dump["rows"] is None:
         # What the rollout has kept would be taken for granted.
         trajectory = replace(experience.trajectory, logprobs=None, entropies=None, values=None)
-        yield from experience_tensors(module.score(trajectory, dump["messages"]), module.source_names)
+        yield from experience_tensors(module.make_experience(trajectory, dump["messages"]), module.source_names)
         return
     shared = module.critic.value_coefficient if module.ppo.has_critic and module.critic.shared else None
     arguments = module.backbone, experience, dump["rows"], module.ppo

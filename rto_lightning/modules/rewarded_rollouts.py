@@ -9,14 +9,14 @@ from torch import Tensor
 
 from rto_lightning.backbone import BackboneSettings, Message
 from rto_lightning.data import PromptBatch
-from rto_lightning.modules.experience import PolicyReading, ScoredTrajectory
+from rto_lightning.modules.experience import PolicyReading, RewardedTrajectory
 from rto_lightning.modules.numerics import NumericsSettings
 from rto_lightning.modules.reading import TrajectoryReader, reads_while_sampling
+from rto_lightning.modules.rewarding import reward_trajectory
 from rto_lightning.modules.rto_inputs import check_even_rows, check_rewards
 from rto_lightning.modules.rto_roles import add_dpo
 from rto_lightning.modules.rto_settings import RewardSettings
 from rto_lightning.modules.score_statistics import collect_scores
-from rto_lightning.modules.scoring import score_trajectory
 from rto_lightning.modules.stage import StageModule
 from rto_lightning.parallel import gather_rows
 from rto_lightning.rewards import WeightedReward, WeightedScores, make_scores
@@ -138,7 +138,7 @@ class RewardedRollouts(StageModule):
         return self.engine.rollout(role, *prompts, seeds, with_logprobs=keep, value_head=head)
 
     @torch.no_grad()
-    def reward(self, trajectory: Trajectory, prompts: list[list[Message]], role: str = "policy") -> ScoredTrajectory:
+    def reward(self, trajectory: Trajectory, prompts: list[list[Message]], role: str = "policy") -> RewardedTrajectory:
         """Read the trajectory as every role but the critic and turn that into the reward of every token.
 
         Args:
@@ -150,10 +150,10 @@ class RewardedRollouts(StageModule):
 
     def reward_of(
         self, trajectory: Trajectory, policy: PolicyReading, prompts: list[list[Message]]
-    ) -> ScoredTrajectory:
+    ) -> RewardedTrajectory:
         """As :meth:`reward`, where the policy has read the trajectory already."""
         settings = self.read_temperature, self.rewards, float(self.kl_coefficient)
-        return score_trajectory(self.reader, trajectory, policy, prompts, *settings, self.scores)
+        return reward_trajectory(self.reader, trajectory, policy, prompts, *settings, self.scores)
 
     @torch.no_grad()
     def measure_score_statistics(self, batches: Iterable[PromptBatch], shared_out: bool = False) -> None:

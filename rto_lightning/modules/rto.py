@@ -1,8 +1,9 @@
 """Stage 4: PPO on token rewards.
 
-One `training_step` is one PPO iteration: `rollout`, `score`, `update`. Each is a method of its own; the first two can
-be called from a notebook, the third needs the trainer's optimizers. `global_step`, checkpoints, schedules and loggers
-count iterations: of all optimizer steps of an iteration only the last goes through Lightning's wrapper, which counts.
+One `training_step` is one PPO iteration: `rollout`, `make_experience`, `update`. Each is a method of its own; the first
+two can be called from a notebook, the third needs the trainer's optimizers. `global_step`, checkpoints, schedules and
+loggers count iterations: of all optimizer steps of an iteration only the last goes through Lightning's wrapper, which
+counts.
 """
 
 from collections.abc import Iterable
@@ -19,15 +20,15 @@ from rto_lightning.backbone import BackboneSettings, Message
 from rto_lightning.data import PromptBatch
 from rto_lightning.errors import UserError
 from rto_lightning.modules.experience import Experience
-from rto_lightning.modules.gathering import gather_scored
+from rto_lightning.modules.gathering import gather_rewarded
 from rto_lightning.modules.numerics import IterationGuard, NumericsSettings
 from rto_lightning.modules.phases import Phases
 from rto_lightning.modules.ppo_update import minibatches, ppo_update
 from rto_lightning.modules.rewarded_rollouts import RewardedRollouts
+from rto_lightning.modules.rewarding import weigh_for_engine
 from rto_lightning.modules.rto_inputs import check_training, reward_sources
 from rto_lightning.modules.rto_roles import add_critic, add_policy_average, average_policy, scale_critic
 from rto_lightning.modules.rto_settings import CriticSettings, PPOSettings, RewardSettings
-from rto_lightning.modules.scoring import weigh_for_engine
 from rto_lightning.parallel import ranks
 from rto_lightning.rewards import RewardServiceSettings, WeightedReward
 from rto_lightning.rollout import RolloutSettings, Trajectory
@@ -205,7 +206,7 @@ class RTOModule(RewardedRollouts):
         with self.phases.phase("rollout", self.trainer):
             trajectory = self.rollout(batch, iteration)
         with self.phases.phase("scoring", self.trainer):
-            experience = self.score(trajectory, batch.messages)
+            experience = self.make_experience(trajectory, batch.messages)
         with self.phases.phase("update", self.trainer, changes_weights=True):
             losses = self.update(experience, iteration)
             if self.ema_decay is not None:
@@ -222,7 +223,7 @@ class RTOModule(RewardedRollouts):
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=samples)
 
     @torch.no_grad()
-    def score(self, trajectory: Trajectory, prompts: list[list[Message]]) -> Experience:
+    def make_experience(self, trajectory: Trajectory, prompts: list[list[Message]]) -> Experience:
         """Rewards as `reward` gives them, and the advantages and returns that policy and critic are trained on.
 
         Every rank reads the responses to its own prompts; what comes out are the samples of all ranks.
@@ -234,24 +235,24 @@ class RTOModule(RewardedRollouts):
         ppo, group_size = self.ppo, self.rollout_settings.responses_per_prompt
         self.guard.prompts = prompts
         policy = self.reader.policy("policy", trajectory, self.read_temperature, self.value_role)
-        scored = self.reward_of(trajectory, policy, prompts)
+        rewarded = self.reward_of(trajectory, policy, prompts)
         values = policy.values
         if ppo.has_critic and values is None:
             values = self.reader.values("critic", trajectory)
-        scored, values = gather_scored(scored, values)
+        rewarded, values = gather_rewarded(rewarded, values)
         advantages, returns = estimate_advantages(
-            ppo.estimator, scored.terms, scored.mask, ppo.gamma, ppo.lam, values, group_size
+            ppo.estimator, rewarded.terms, rewarded.mask, ppo.gamma, ppo.lam, values, group_size
         )
         if ppo.whitens:
-            advantages = whiten(advantages, scored.mask)
-        advantages = weigh_for_engine(advantages, scored, ppo.importance_weight_cap)
-        return Experience(**vars(scored), values=values, advantages=advantages, returns=returns)
+            advantages = whiten(advantages, rewarded.mask)
+        advantages = weigh_for_engine(advantages, rewarded, ppo.importance_weight_cap)
+        return Experience(**vars(rewarded), values=values, advantages=advantages, returns=returns)
 
     def update(self, experience: Experience, iteration: int) -> dict[str, Tensor]:
         """Epochs x minibatches x microbatches of policy and value loss.
 
         Args:
-            experience: what `score` returned, B samples; of each minibatch every rank trains on a share.
+            experience: what `make_experience` returned, B samples; of each minibatch every rank trains on a share.
             iteration: enters the seed of the minibatch order; the policy waits for the critic's warm-up.
 
         Returns:

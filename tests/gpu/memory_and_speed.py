@@ -54,11 +54,11 @@ class MeasuredRTO(RTOModule):
             phase["tokens"] = int(trajectory.sequences.response_lengths.sum())
         return trajectory
 
-    def score(self, trajectory: Any, *arguments: Any, **options: Any) -> Any:
+    def make_experience(self, trajectory: Any, *arguments: Any, **options: Any) -> Any:
         """As RTO's, measured."""
         with self._phase("scoring") as phase:
             phase["tokens"] = int(trajectory.sequences.attention_mask.sum())
-            return super().score(trajectory, *arguments, **options)
+            return super().make_experience(trajectory, *arguments, **options)
 
     def update(self, experience: Any, *arguments: Any, **options: Any) -> Any:
         """As RTO's, measured."""

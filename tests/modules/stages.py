@@ -134,8 +134,8 @@ def recorded_fit(module: RTOModule, files: dict[str, str], folder: Path, steps: 
     return recorder.metrics
 
 
-def scored(module: RTOModule, files: dict[str, str]) -> Experience:
-    """What `score` makes of a rollout."""
+def experience(module: RTOModule, files: dict[str, str]) -> Experience:
+    """What `make_experience` makes of a rollout."""
     batch = one_batch(module, files).repeated(module.rollout_settings.responses_per_prompt)
     module.measure_score_statistics([batch])
-    return module.score(module.rollout(batch, 0), batch.messages)
+    return module.make_experience(module.rollout(batch, 0), batch.messages)

@@ -97,7 +97,7 @@ def test_rewards_are_those_of_the_roles(tiny_model, roles, files):
     module = stages.full_rto(tiny_model, roles, backbone=FLOAT64, rewards=RewardSettings(token_reward_clip=0.0))
     batch = stages.one_batch(module, files)
     trajectory = module.rollout(batch, 0)
-    experience = module.score(trajectory, batch.messages)
+    experience = module.make_experience(trajectory, batch.messages)
     sequences = trajectory.sequences
     with torch.no_grad():
         dpo, _ = module.backbone.token_logprobs("dpo", sequences)
@@ -125,14 +125,14 @@ def test_temperature_scales_policy_and_reference_but_not_dpo(tiny_model, roles, 
     warm = stages.full_rto(tiny_model, roles, rollout=RolloutSettings(max_new_tokens=6, temperature=0.7), **options)
     batch = stages.one_batch(warm, files)
     trajectory = warm.rollout(batch, 0)
-    experience = warm.score(trajectory, batch.messages)
+    experience = warm.make_experience(trajectory, batch.messages)
     with torch.no_grad():
         at_temperature, _ = warm.backbone.token_logprobs("policy", trajectory.sequences, 0.7)
     torch.testing.assert_close(experience.logprobs, at_temperature, rtol=0, atol=1e-12)
     torch.testing.assert_close(experience.kl, torch.zeros_like(experience.kl), rtol=0, atol=1e-12)
     cold = stages.full_rto(tiny_model, roles, **options)
     cold.configure_model()
-    expected = cold.score(trajectory, batch.messages).terms.token
+    expected = cold.make_experience(trajectory, batch.messages).terms.token
     torch.testing.assert_close(experience.terms.token, expected, rtol=0, atol=1e-9)
 
 
@@ -230,7 +230,7 @@ def test_truncation_is_penalised_and_tokens_are_left_alone(tiny_model, files):
     trajectory = module.rollout(batch, 0)
     assert trajectory.truncated.any()
     before = trajectory.sequences.input_ids.clone()
-    terms = module.score(trajectory, batch.messages).terms
+    terms = module.make_experience(trajectory, batch.messages).terms
     assert torch.equal(terms.score.sum(1), -3.0 * trajectory.truncated.float())
     assert torch.equal(trajectory.sequences.input_ids, before)
 
@@ -329,9 +329,9 @@ def test_scoring_without_statistics_is_refused(tiny_model, files):
     module = stages.rto(tiny_model)
     batch = stages.one_batch(module, files)
     with pytest.raises(UserError, match="measure_score_statistics"):
-        module.score(module.rollout(batch, 0), batch.messages)
+        module.make_experience(module.rollout(batch, 0), batch.messages)
     module.measure_score_statistics([batch])
-    assert module.score(module.rollout(batch, 0), batch.messages).terms.total.isfinite().all()
+    assert module.make_experience(module.rollout(batch, 0), batch.messages).terms.total.isfinite().all()
 
 
 def test_saved_policy_brings_the_score_statistics(tiny_model, files, tmp_path):

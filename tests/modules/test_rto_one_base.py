@@ -145,7 +145,7 @@ def test_reference_and_dpo_reference_may_be_two_sft_adapters(tiny_model, files, 
     module = _module(tiny_model, folders, base, rewards=RewardSettings(beta_1=0.5, token_reward_clip=0.0))
     batch = stages.one_batch(module, files)
     trajectory = module.rollout(batch, 0)
-    experience = module.score(trajectory, batch.messages)
+    experience = module.make_experience(trajectory, batch.messages)
     dtype, nf4 = BASES[base].get("dtype", "float32"), "quantization" in BASES[base]
     sft, other, dpo = (
         plain_logprobs(plain_model(tiny_model, folders[name], dtype, nf4), trajectory.sequences)

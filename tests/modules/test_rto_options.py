@@ -57,7 +57,7 @@ def test_token_rewards_reach_the_advantages_of_every_estimator(tiny_model, roles
             rollout=rollout_of(estimator),
             ppo=PPOSettings(estimator=estimator),
         )
-        experience = stages.scored(module, files)
+        experience = stages.experience(module, files)
         assert experience.values is None
         advantages.append(experience.advantages)
     spread = [masked_sum((a - a[:, :1]).abs(), experience.mask).item() for a in advantages]
@@ -85,7 +85,7 @@ def test_responses_of_a_group_differ_and_stand_together(tiny_model, files, sampl
 def test_group_advantages_sum_to_zero_over_a_prompt(tiny_model, files):
     ppo = PPOSettings(estimator="rloo")
     rollout = RolloutSettings(max_new_tokens=6, responses_per_prompt=2)
-    experience = stages.scored(
+    experience = stages.experience(
         stages.rto(tiny_model, rollout=rollout, ppo=ppo, rewards=RewardSettings(beta_1=0.0)), files
     )
     first = experience.advantages[:, 0].unflatten(0, (4, 2))
@@ -114,7 +114,7 @@ def test_whitening_follows_the_estimator_or_the_setting(tiny_model, files, chose
     module = stages.rto(
         tiny_model, rollout=rollout_of(estimator), ppo=PPOSettings(estimator=estimator, whiten_advantages=chosen)
     )
-    experience = stages.scored(module, files)
+    experience = stages.experience(module, files)
     variance = masked_mean(experience.advantages.square(), experience.mask)
     assert (variance.item() == pytest.approx(1, abs=1e-4)) is whitened
 
@@ -126,7 +126,7 @@ def test_granularities_put_the_same_rewards_elsewhere(tiny_model, roles, files):
     terms, scores = {}, {}
     for granularity in ("token", "sentence", "delayed", "shaping"):
         rewards = RewardSettings(beta_1=0.5, token_reward_clip=0.3, granularity=granularity)
-        experience = stages.scored(stages.full_rto(tiny_model, roles, backbone=FLOAT64, rewards=rewards), files)
+        experience = stages.experience(stages.full_rto(tiny_model, roles, backbone=FLOAT64, rewards=rewards), files)
         terms[granularity], scores[granularity] = experience.terms.token, experience.terms.score
         mask, lengths = experience.mask, experience.trajectory.sequences.response_lengths
     sums = {name: masked_sum(term, mask, dim=1) for name, term in terms.items()}
@@ -151,7 +151,7 @@ def test_sentences_end_where_the_text_says(tiny_model, roles):
     response = module.chat.encode_response("yes! no. 3.1", 20)
     sequences = Sequences.from_lists([module.chat.encode_prompt(prompt)], [response], module.chat.pad_id)
     trajectory = Trajectory(sequences, torch.tensor([False]))
-    [placed] = module.score(trajectory, [prompt]).terms.token
+    [placed] = module.make_experience(trajectory, [prompt]).terms.token
     assert placed.nonzero().squeeze(1).tolist() == [3, 7, len(response) - 1]
 
 
@@ -177,19 +177,19 @@ def policy_gradient(module, experience, **ppo):
 
 
 @pytest.fixture
-def scored_float64(tiny_model, files):
+def experience_float64(tiny_model, files):
     module = stages.rto(tiny_model, backbone=FLOAT64)
     module.configure_model()
     randomize(module.backbone.trained_parameters("policy"))
-    return module, stages.scored(module, files)
+    return module, stages.experience(module, files)
 
 
 def changed(experience, **fields):
     return type(experience)(**{**vars(experience), **fields})
 
 
-def test_dual_clip_cuts_what_a_large_ratio_does_to_a_bad_token(scored_float64):
-    module, experience = scored_float64
+def test_dual_clip_cuts_what_a_large_ratio_does_to_a_bad_token(experience_float64):
+    module, experience = experience_float64
     bad = changed(experience, logprobs=experience.logprobs - 2, advantages=-torch.ones_like(experience.logprobs))
     unbounded, _ = policy_gradient(module, bad)
     bounded, metrics = policy_gradient(module, bad, dual_clip=3.0)
@@ -201,8 +201,8 @@ def test_dual_clip_cuts_what_a_large_ratio_does_to_a_bad_token(scored_float64):
     assert torch.equal(untouched, unbounded)
 
 
-def test_entropy_bonus_adds_the_gradient_of_the_entropy(scored_float64):
-    module, experience = scored_float64
+def test_entropy_bonus_adds_the_gradient_of_the_entropy(experience_float64):
+    module, experience = experience_float64
     plain, _ = policy_gradient(module, experience)
     with_bonus, _ = policy_gradient(module, experience, entropy_coefficient=0.25)
     module.zero_grad()
@@ -225,8 +225,8 @@ def test_entropy_bonus_raises_the_entropy(tiny_model, files, tmp_path):
     assert entropies[1] > entropies[0]
 
 
-def test_aggregations_weigh_responses_of_different_lengths_differently(scored_float64):
-    module, experience = scored_float64
+def test_aggregations_weigh_responses_of_different_lengths_differently(experience_float64):
+    module, experience = experience_float64
     lengths = torch.tensor([1, 6, 2, 6])
     sequences = experience.trajectory.sequences
     mask = torch.arange(sequences.response_width) < lengths[:, None]
@@ -241,9 +241,9 @@ def test_aggregations_weigh_responses_of_different_lengths_differently(scored_fl
     assert by_token["policy/loss"].item() == pytest.approx(-(1 + 2 - 6 - 6) / 15, abs=1e-6)
 
 
-def test_value_clipping_stops_values_that_moved_too_far(scored_float64):
+def test_value_clipping_stops_values_that_moved_too_far(experience_float64):
     """Old values of 1 below, and returns another 0.5 up: what moved reached its target already, clipped it did not."""
-    module, experience = scored_float64
+    module, experience = experience_float64
     moved = changed(experience, values=experience.values - 1, returns=experience.values + 0.5)
     fractions, losses = {}, {}
     for clip in (None, 0.2, 5.0):
@@ -278,7 +278,7 @@ def test_kl_stop_ends_the_policys_updates_and_the_critic_goes_on(tiny_model, fil
         torch.manual_seed(0)
         ppo = PPOSettings(estimator=estimator, kl_stop=kl_stop)
         module = stages.rto(tiny_model, backbone=FLOAT64, ppo=ppo, seed=1)
-        experience = stages.scored(module, files)
+        experience = stages.experience(module, files)
         optimizers = {
             role: CountingOptimizer(module.backbone.trained_parameters(role))
             for role in ("policy", "critic")

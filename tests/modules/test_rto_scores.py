@@ -26,7 +26,7 @@ def test_short_responses_pay(tiny_model, files):
     responses = torch.nn.functional.pad(sequences.input_ids, (0, 6 - sequences.response_width), value=70)
     attention = torch.cat([sequences.attention_mask[:, : sequences.prompt_width], mask.long()], dim=1)
     trajectory = Trajectory(Sequences(responses, attention, mask), torch.zeros(4, dtype=torch.bool))
-    terms = module.score(trajectory, batch.messages).terms
+    terms = module.make_experience(trajectory, batch.messages).terms
     assert terms.score.sum(1).tolist() == [-2.0, 0.0, -2.0, 0.0]
 
 
@@ -36,7 +36,7 @@ def test_sources_are_normalised_weighted_and_added(tiny_model, roles, files, tmp
         WeightedReward(reward=roles["adapters", "reward"], weight=-2.0),
     ]
     module = stages.full_rto(tiny_model, roles, more_rewards=more, rewards=RewardSettings(score_clip=0.0, beta_1=0.0))
-    experience = stages.scored(module, files)
+    experience = stages.experience(module, files)
     assert experience.scores.shape == (4, 3)
     torch.testing.assert_close(experience.scores[:, 0], experience.scores[:, 2])
     statistics = torch.tensor([module.scores.normalizer(number).mean_std.tolist() for number in range(3)])

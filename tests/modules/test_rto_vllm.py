@@ -83,14 +83,14 @@ def test_the_run_is_that_of_the_same_samples(same_model, tiny_model, files, tmp_
 
 
 def test_importance_weights_multiply_advantages(same_model, tiny_model, files):
-    plain = stages.scored(_rto(tiny_model), files)
-    weighed = stages.scored(_rto(tiny_model, importance_weight_cap=2.0), files)
-    capped = stages.scored(_rto(tiny_model, importance_weight_cap=0.5), files)
+    plain = stages.experience(_rto(tiny_model), files)
+    weighed = stages.experience(_rto(tiny_model, importance_weight_cap=2.0), files)
+    capped = stages.experience(_rto(tiny_model, importance_weight_cap=0.5), files)
     torch.testing.assert_close(weighed.advantages, plain.advantages * math.exp(-0.1), rtol=0, atol=1e-4)
     torch.testing.assert_close(capped.advantages, plain.advantages * 0.5)
     assert torch.equal(weighed.returns, plain.returns) and plain.advantages.abs().max() > 0.1
 
 
 def test_nothing_of_it_is_logged_where_the_model_itself_samples(tiny_model, files):
-    metrics = stages.scored(_rto(tiny_model, "transformers"), files).metrics()
+    metrics = stages.experience(_rto(tiny_model, "transformers"), files).metrics()
     assert not [name for name in metrics if name.startswith("rollout/")]

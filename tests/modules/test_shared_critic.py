@@ -38,7 +38,7 @@ def test_it_is_nothing_but_a_head(tiny_model, mode):
 @pytest.mark.parametrize("microbatch_size", [1, 2, 100])
 def test_one_backward_gives_the_gradient_of_both_losses(tiny_model, files, microbatch_size):
     module = _module(tiny_model, ppo=PPOSettings(microbatch_size=microbatch_size))
-    experience = stages.scored(module, files)
+    experience = stages.experience(module, files)
     backbone, rows, mask = module.backbone, torch.tensor([3, 0, 1]), experience.mask[[3, 0, 1]]
     trained = [*backbone.trained_parameters("policy"), *backbone.trained_parameters("critic")]
     sequences = experience.trajectory.sequences.rows(rows)
@@ -94,7 +94,7 @@ def test_values_are_read_with_the_policy(tiny_model, files, kept):
     assert (trajectory.logprobs is not None) == (trajectory.values is not None) == kept
     forwards = []
     hook = module.backbone.models["base"].get_decoder().register_forward_hook(lambda *_: forwards.append(1))
-    experience = module.score(trajectory, batch.messages)
+    experience = module.make_experience(trajectory, batch.messages)
     hook.remove()
     assert len(forwards) == (1 if kept else 2)  # the reference, and the policy
     with torch.no_grad():

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from rto_lightning.algorithms import compose_rewards, kl_estimate, truncated_importance_weights
 from rto_lightning.backbone import Message, sentence_ends
-from rto_lightning.modules.experience import PolicyReading, ScoredTrajectory
+from rto_lightning.modules.experience import PolicyReading, RewardedTrajectory
 from rto_lightning.modules.reading import TrajectoryReader
 from rto_lightning.modules.rto_settings import RewardSettings
 from rto_lightning.rewards import WeightedScores
 from rto_lightning.rollout import Trajectory
 
 
-def score_trajectory(
+def reward_trajectory(
     reader: TrajectoryReader,
     trajectory: Trajectory,
     policy: PolicyReading,
@@ -21,7 +21,7 @@ def score_trajectory(
     rewards: RewardSettings,
     kl_coefficient: float,
     scores: WeightedScores | None,
-) -> ScoredTrajectory:
+) -> RewardedTrajectory:
     """Read the trajectory as every role but policy and critic and compose the reward of every token.
 
     Args:
@@ -71,16 +71,16 @@ def score_trajectory(
         short_penalty=rewards.short_penalty,
     )
     kl = kl_estimate(policy.logprobs, reference, mask, "k1")
-    return ScoredTrajectory(trajectory, policy.logprobs, policy.entropy, kl, of_sources, terms)
+    return RewardedTrajectory(trajectory, policy.logprobs, policy.entropy, kl, of_sources, terms)
 
 
 def _infinity_as_nan(logprobs: Tensor) -> Tensor:
     return logprobs.where(logprobs.isfinite(), torch.nan)
 
 
-def weigh_for_engine(advantages: Tensor, scored: ScoredTrajectory, cap: float | None) -> Tensor:
+def weigh_for_engine(advantages: Tensor, rewarded: RewardedTrajectory, cap: float | None) -> Tensor:
     """Advantages (B, T) times :func:`truncated_importance_weights`, for what another engine sampled; None is 1."""
-    of_engine = scored.trajectory.engine_logprobs
+    of_engine = rewarded.trajectory.engine_logprobs
     if cap is None or of_engine is None:
         return advantages
-    return advantages * truncated_importance_weights(scored.logprobs, of_engine, scored.mask, cap)
+    return advantages * truncated_importance_weights(rewarded.logprobs, of_engine, rewarded.mask, cap)
