@@ -6,7 +6,6 @@ prompt, response or file name is shown, it is text.
 
 import html
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from rto_lightning.backbone import Message
+from rto_lightning.html_documents import escaped, html_document, visible
 from rto_lightning.inspection.colours import COVERED, STEPS, colour_rules, step_class, step_of, symmetric_limit
 from rto_lightning.inspection.curve import cumulative_curve
 from rto_lightning.inspection.pieces import Span, spans
@@ -25,12 +25,6 @@ from rto_lightning.inspection.responses import (
     named_responses,
 )
 from rto_lightning.runs.files import written_whole
-
-_SHOWN_AS_CODE = {"Cc", "Cs", "Co", "Cn"}
-_DIRECTION_MARKS = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
-# Soft hyphen, blanks without a width, and marks of byte order. Joiners shape what is beside them, and stay.
-_WITHOUT_WIDTH = {0x00AD, 0x180E, 0x200B, *range(0x2060, 0x2065), 0xFEFF}
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
@@ -53,14 +47,7 @@ class TokenRewardPage:
 
     def html(self) -> str:
         """The page as a file."""
-        title = html.escape(visible(self.title or "Token rewards"))
-        return (
-            f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            '<meta name="color-scheme" content="light dark">\n<style>body{margin:0}</style>\n</head>\n'
-            f"<body>\n{self._repr_html_()}</body>\n</html>\n"
-        )
+        return html_document(self.title or "Token rewards", "body{margin:0}", self._repr_html_())
 
     def save(self, path: str | Path) -> None:
         """Write the page; a file that is there is replaced.
@@ -74,7 +61,7 @@ class TokenRewardPage:
     def _repr_html_(self) -> str:
         covered = f", which {COVERED:.0%} of the rewards shown do not exceed" if self.limit is None else ""
         limit = self.limit or colour_limit(self.items)
-        heading = f"<h1>{html.escape(visible(self.title))}</h1>\n" if self.title else ""
+        heading = f"<h1>{escaped(self.title)}</h1>\n" if self.title else ""
         facts = _facts(self.facts)
         sections = "".join(_section(item, limit, self.unit) for item in self.items)
         coloured = any(reward for response in as_responses(self.items) for reward in response.rewards)
@@ -99,24 +86,8 @@ def style_sheet() -> str:
     return colour_rules() + "\n" + (files("rto_lightning.inspection") / "page.css").read_text(encoding="utf-8")
 
 
-def visible(text: str) -> str:
-    """Text in which characters that are not seen, or turn the direction of what follows, stand as their code points."""
-    return "".join(
-        character
-        if character in "\n\t"
-        or not (
-            unicodedata.category(character) in _SHOWN_AS_CODE or ord(character) in _DIRECTION_MARKS | _WITHOUT_WIDTH
-        )
-        else f"[U+{ord(character):04X}]"
-        for character in text
-    )
-
-
 def _facts(facts: Mapping[str, str]) -> str:
-    rows = "".join(
-        f"<div><dt>{html.escape(visible(name))}:</dt><dd>{html.escape(visible(value))}</dd></div>"
-        for name, value in facts.items()
-    )
+    rows = "".join(f"<div><dt>{escaped(name)}:</dt><dd>{escaped(value)}</dd></div>" for name, value in facts.items())
     return f"<dl>{rows}</dl>\n" if rows else ""
 
 
@@ -141,7 +112,7 @@ def _section(item: Rewarded, limit: float, unit: str) -> str:
 
 
 def _turn(message: Message) -> str:
-    role, content = (html.escape(visible(message[key])) for key in ("role", "content"))
+    role, content = (escaped(message[key]) for key in ("role", "content"))
     return f'<p class="turn" dir="auto"><b>{role}:</b> {content}</p>'
 
 
@@ -154,7 +125,7 @@ def _article(name: str, response: RewardedResponse, limit: float, unit: str) -> 
     sums = response.cumulative
     tokens = "".join(_token(span, response, sums, limit) for span in spans(response.texts, response.special))
     return (
-        f'<article><h2>{html.escape(visible(name))} <span class="facts">{html.escape(" | ".join(facts))}</span></h2>'
+        f'<article><h2>{escaped(name)} <span class="facts">{html.escape(" | ".join(facts))}</span></h2>'
         f'<p class="tokens" dir="auto">{tokens}</p></article>'
     )
 
@@ -183,5 +154,5 @@ def _token(span: Span, response: RewardedResponse, sums: Sequence[float], limit:
     blank = " " if text[:1] == " " and text != " " else ""
     return (
         f'{blank}<span class="{shown}" tabindex="-1" title="{html.escape(" | ".join(tip))}">'
-        f"{html.escape(visible(text.removeprefix(blank)))}</span>"
+        f"{escaped(text.removeprefix(blank))}</span>"
     )

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rto_lightning.figures import new_figure
+from rto_lightning.html_documents import visible
 from rto_lightning.inspection.colours import LIGHT, colour, step_of
-from rto_lightning.inspection.page import colour_limit, visible
+from rto_lightning.inspection.page import colour_limit
 from rto_lightning.inspection.pieces import spans
 from rto_lightning.inspection.responses import Rewarded, RewardedResponse, named_responses
 

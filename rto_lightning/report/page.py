@@ -1,7 +1,6 @@
 """The report of a pipeline: one HTML file that needs nothing else, no script and no network."""
 
 import base64
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -9,7 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from rto_lightning.figures import svg
-from rto_lightning.inspection.page import TokenRewardPage, visible
+from rto_lightning.html_documents import escaped, html_document
+from rto_lightning.inspection.page import TokenRewardPage
 from rto_lightning.report.answers import before_and_after
 from rto_lightning.report.charts import Point, curve_figure, frontier_figure
 from rto_lightning.report.metrics import KINDS, Kind, Run, first_and_last, read_run
@@ -17,7 +17,6 @@ from rto_lightning.report.text import markdown_html, table_html
 from rto_lightning.runs.files import written_whole
 from rto_lightning.runs.folder import ROLE_FOLDER
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _LARGEST_PICTURE = 4 * 2**20
 """Bytes; a larger one is left out."""
 
@@ -56,7 +55,7 @@ def write_report(path: Path, title: str, facts: Mapping[str, str], stages: Seque
     runs = {stage.name: run for stage in stages if (run := read_run(stage.folder)) is not None}
     body = "".join(
         [
-            f"<h1>{_text(title)}</h1>\n",
+            f"<h1>{escaped(title)}</h1>\n",
             _facts(facts),
             *(_left_by_functions(stages)),
             *(_kind(kind, {name: run for name, run in runs.items() if run.kind is kind}) for kind in KINDS),
@@ -65,15 +64,8 @@ def write_report(path: Path, title: str, facts: Mapping[str, str], stages: Seque
             table_html(["stage", "what", "seconds"], [[s.name, s.what, f"{s.seconds:.1f}"] for s in stages]),
         ]
     )
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_text(title)}</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<style>{_style_sheet()}</style>\n</head>\n'
-        f'<body>\n<main class="report">\n{body}</main>\n</body>\n</html>\n'
-    )
     with written_whole(path, "w", encoding="utf-8") as file:
-        file.write(page)
+        file.write(html_document(title, _style_sheet(), f'<main class="report">\n{body}</main>\n'))
 
 
 def _kind(kind: Kind, runs: Mapping[str, Run]) -> str:
@@ -98,7 +90,7 @@ def _kind(kind: Kind, runs: Mapping[str, Run]) -> str:
         [name, *("" if name not in ends else "{:.4g} to {:.4g}".format(*ends[name]) for _, ends in columns)]
         for name in runs
     ]
-    return f'<h2>{_text(kind.title)}</h2>\n<div class="charts">{"".join(charts)}</div>\n{table_html(head, rows)}'
+    return f'<h2>{escaped(kind.title)}</h2>\n<div class="charts">{"".join(charts)}</div>\n{table_html(head, rows)}'
 
 
 def _frontier(runs: Mapping[str, Run]) -> str:
@@ -137,7 +129,7 @@ def _left_by_functions(stages: Sequence[ReportedStage]) -> Iterator[str]:
             if path.stat().st_size <= _LARGEST_PICTURE
         ]
         if texts or pictures:
-            yield f"<h2>{_text(stage.name)}</h2>\n{''.join(pictures)}{''.join(texts)}"
+            yield f"<h2>{escaped(stage.name)}</h2>\n{''.join(pictures)}{''.join(texts)}"
 
 
 def _figure(title: str, picture: str | bytes, wide: bool = False) -> str:
@@ -145,16 +137,13 @@ def _figure(title: str, picture: str | bytes, wide: bool = False) -> str:
     kind, data = ("svg+xml", picture.encode()) if isinstance(picture, str) else ("png", picture)
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     shape = ' class="broad"' if wide else ""
-    title = _text(title[:1].upper() + title[1:])
+    title = escaped(title[:1].upper() + title[1:])
     return f'<figure{shape}><figcaption>{title}</figcaption><img alt="{title}" src="{source}"></figure>\n'
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    return "<dl>" + "".join(f"<div><dt>{_text(k)}:</dt><dd>{_text(v)}</dd></div>" for k, v in facts.items()) + "</dl>\n"
-
-
-def _text(text: str) -> str:
-    return html.escape(visible(text))
+    rows = (f"<div><dt>{escaped(name)}:</dt><dd>{escaped(value)}</dd></div>" for name, value in facts.items())
+    return f"<dl>{''.join(rows)}</dl>\n"
 
 
 @cache

@@ -1,11 +1,10 @@
 """The little of Markdown that reports are written in, as HTML."""
 
-import html
 import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-from rto_lightning.inspection.page import visible
+from rto_lightning.html_documents import escaped
 
 _RULE = re.compile(r"\|?(\s*:?-+:?\s*\|)+\s*:?-*:?\s*")
 
@@ -19,7 +18,7 @@ def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column has names and whose others have figures; too wide a one scrolls for itself."""
 
     def line(cells: Sequence[str], kind: str) -> str:
-        return "<tr>" + "".join(f"<{kind}>{html.escape(visible(cell))}</{kind}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{kind}>{escaped(cell)}</{kind}>" for cell in cells) + "</tr>"
 
     body = "".join(line(row, "td") for row in rows)
     return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody></table></div>\n'
@@ -50,7 +49,7 @@ def _blocks(text: str) -> Iterator[list[str]]:
 
 def _block(lines: list[str]) -> str:
     def shown(text: str) -> str:
-        return html.escape(visible(text))
+        return escaped(text)
 
     if lines[0].startswith("```"):
         inner = lines[1:-1] if len(lines) > 1 and lines[-1].startswith("```") else lines[1:]  # it may never end

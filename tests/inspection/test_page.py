@@ -19,7 +19,7 @@ from rto_lightning.inspection.colours import (
     step_of,
     symmetric_limit,
 )
-from rto_lightning.inspection.page import style_sheet, visible
+from rto_lightning.inspection.page import style_sheet
 from tests.inspection.browser import CHROMIUM, contrast, look
 from tests.inspection.made import STOP, pair, rewarded
 
@@ -92,12 +92,6 @@ def test_any_text_can_be_shown(text: str) -> None:
     page = TokenRewardPage([rewarded([text, STOP], [0.5, 0.0], text)]).html()
     page.encode()
     assert len(Reader(page).tokens()) == 2
-
-
-def test_characters_that_are_not_seen_are_named() -> None:
-    assert visible("a\x00\u202eb\ud800\n") == "a[U+0000][U+202E]b[U+D800]\n"
-    assert visible("\u200b\ufeff\u200f") == "[U+200B][U+FEFF][U+200F]"
-    assert visible("👩\u200d🚀 می\u200cخواهم é") == "👩\u200d🚀 می\u200cخواهم é"
 
 
 def test_the_scale_is_symmetric_and_minds_no_outlier() -> None:
