@@ -28,8 +28,13 @@ def tiny_model(tmp_path_factory):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Forget the seed that an earlier test of the command has left to modules and to processes that tests start."""
-    os.environ.pop("PL_GLOBAL_SEED", None)
+    """Forget what an earlier test has left to modules and to processes that tests start.
+
+    The command leaves its seed, and Lightning's launcher what it would tell other processes of a group: with these a
+    run would join the group of the earlier test instead of starting its own processes.
+    """
+    for name in ("PL_GLOBAL_SEED", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,12 +1,11 @@
 """Every file under `configs/` is run, on a model and data that take no time.
 
 Each stage and overlay trains one step through the command that heads its file, or alone if none does; so do models,
-methods, precisions and strategies put together. Each pipeline is run with stages that only read their settings. What a
-file says is kept, but for names of files, the number of steps, the size of a batch and the length of an answer.
+methods, precisions and strategies put together. What a file says is kept, but for names of files, the number of steps,
+the size of a batch and the length of an answer.
 """
 
 import csv
-import functools
 import math
 import random
 import re
@@ -23,21 +22,15 @@ import yaml
 from safetensors.torch import load_file
 
 from rto_lightning.backbone import RoleCard
-from rto_lightning.cli import main, pipeline
+from rto_lightning.cli import main
 from rto_lightning.cli.lightning_cli import RTOCLI
-from rto_lightning.cli.pipeline_settings import load_pipeline
 from rto_lightning.quickstart.grammar import all_requests, sample_review
 from rto_lightning.quickstart.jsonl import write_jsonl
 from rto_lightning.quickstart.model import TinyModelSettings, write_tiny_model
+from tests.config_files import FILES, PIPELINES, QUICK_STAGES, ROOT, STAGES, cases, name_of, value_at
 from tests.models import write_tiny_neox, write_tiny_qwen2
 from tests.roles import save_random_role
 
-ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "configs").rglob("*.y*ml"))
-PIPELINES = [path for path in FILES if "\nstages:" in path.read_text(encoding="utf-8")]
-STAGES = [path for path in FILES if path not in PIPELINES]
-QUICK_STAGES = ("quickstart/", "smollm2_135m/", "strategy/ddp.", "strategy/fsdp.")  # offloading is for GPUs
-QUICK_PIPELINES = ("smollm2_135m/",)
 COMMAND = re.compile(r"^# +rto-lightning fit (.+)$", re.MULTILINE)
 FIRST_LINE = re.compile(r"# \S.{20,}\. Hardware: \S.+\.")
 """What a file is for, and what it wants to run on."""
@@ -75,18 +68,6 @@ BACKBONES: dict[tuple[str, str], dict[str, Any]] = {
     ("pythia", "full"): {"mode": "full", "chat_template": "plain"},
 }
 """For each architecture and mode, the settings with which a dpo and a reward role are made."""
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT / "configs"))
-
-
-def cases(paths: list[Path], quick: tuple[str, ...]) -> list[Any]:
-    """A case for each file; those whose names do not begin so are slow, since together they take minutes."""
-    return [
-        pytest.param(path, id=name_of(path), marks=() if name_of(path).startswith(quick) else pytest.mark.slow)
-        for path in paths
-    ]
 
 
 def files_of(path: Path) -> list[Path]:
@@ -341,70 +322,3 @@ def movements(role: Path, base: Path) -> list[bool]:
         return [bool(weight.any()) for name, weight in weights.items() if "lora_B" in name]
     before, after = (load_file(folder / "model.safetensors") for folder in (base, role))
     return [not torch.equal(before[name], after[name]) for name in before]
-
-
-def value_at(settings: Any, key: str) -> Any:
-    """The value that a dotted key of the command line has in parsed settings; `init_args` may be left out."""
-    for part in key.split("."):
-        if part not in settings and "init_args" in settings:
-            settings = settings["init_args"]
-        settings = settings[part]
-    return settings
-
-
-@pytest.fixture
-def read_only_stages(monkeypatch) -> dict[str, Any]:
-    """Lets stages of a pipeline read their settings and do nothing; returns what they read, by their folder's name."""
-    seen: dict[str, Any] = {}
-
-    def parsed(self: RTOCLI) -> None:
-        settings = self.config[self.subcommand]
-        folder = Path(settings.trainer.default_root_dir)
-        (folder / "role").mkdir()
-        seen[folder.name] = settings
-
-    monkeypatch.setattr(RTOCLI, "before_instantiate_classes", parsed)
-    monkeypatch.setattr(RTOCLI, "instantiate_classes", lambda self: None)
-    monkeypatch.setattr(RTOCLI, "_run_subcommand", lambda self, command: None)
-    find = pipeline._import_function
-
-    def find_and_wrap(target: str) -> Any:
-        @functools.wraps(find(target))  # with it the signature, by which arguments are checked
-        def record(output_dir: Path, seed: int, **arguments: Any) -> None:
-            seen[output_dir.name] = arguments
-
-        return record
-
-    monkeypatch.setattr(pipeline, "_import_function", find_and_wrap)
-    return seen
-
-
-@pytest.mark.parametrize("path", cases(PIPELINES, QUICK_PIPELINES))
-def test_a_pipeline_gives_its_stages_what_they_take(path: Path, tmp_path: Path, monkeypatch, read_only_stages) -> None:
-    monkeypatch.chdir(tmp_path)
-    settings = load_pipeline(path)
-    assert all((path.parent / name).is_file() for stage in settings.stages for name in stage.files)
-    assert main(["pipeline", "--config", str(path), "--output_dir", "out"]) == 0
-    folders = {stage.name: str(tmp_path / "out" / stage.name) for stage in settings.stages}
-    assert list(read_only_stages) == list(folders)
-    for stage in settings.stages:
-        for key, value in stage.arguments.items():
-            assert value_at(read_only_stages[stage.name], key) == filled(value, folders)
-
-
-def filled(value: Any, folders: dict[str, str]) -> Any:
-    """A pipeline's argument with each stage's folder in the place of its name, in texts and mappings."""
-    if isinstance(value, dict):
-        return {key: filled(item, folders) for key, item in value.items()}
-    return value.format(**folders) if isinstance(value, str) else value
-
-
-@pytest.mark.parametrize(("name", "option"), [("quickstart", "world.reviews=1"), ("smollm2_135m", "dpo.model.bet=1")])
-def test_a_key_that_a_stage_does_not_take_is_found(name, option, tmp_path, monkeypatch, read_only_stages, capsys):
-    monkeypatch.chdir(tmp_path)
-    path = ROOT / "configs" / name / "pipeline.yaml"
-    assert main(["pipeline", "--config", str(path), "--output_dir", "out", "--set", option]) == 2
-    stage, _, key = option.partition("=")[0].partition(".")
-    error = capsys.readouterr().err
-    assert f"stage {stage}: " in error and f"unknown key `{key}`" in error
-    assert not read_only_stages

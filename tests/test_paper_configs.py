@@ -18,7 +18,7 @@ from rto_lightning.backbone import RoleCard
 from rto_lightning.backbone.roles import STAGE_OF_ROLE
 from rto_lightning.cli import main
 from rto_lightning.cli.lightning_cli import RTOCLI
-from tests.test_configs import ROOT
+from tests.config_files import ROOT
 
 LLAMA, PYTHIA = ROOT / "configs/llama3_8b", ROOT / "configs/tldr_pythia_2.8b"
 QLORA, METHODS, PRECISIONS = LLAMA / "qlora_24gb", ROOT / "configs/method", ROOT / "configs/precision"

@@ -55,14 +55,14 @@ def test_the_last_checkpoint_is_what_is_opened(run) -> None:
     for name, weight in stored.items():
         torch.testing.assert_close(kept[name].detach(), weight, rtol=0, atol=0, equal_nan=True)
     batch = next(iter(data.first_epoch()))
-    experience = module.score(module.rollout(batch, 2), batch.messages)
+    experience = module.make_experience(module.rollout(batch, 2), batch.messages)
     assert experience.mask.shape[0] == 4 and float(experience.kl.abs().max()) > 0.01  # it has left the reference
 
 
 def test_the_start_is_where_the_run_began(run) -> None:
     module, data = open_stage(run, weights="start")
     batch = next(iter(data.first_epoch()))
-    experience = module.score(module.rollout(batch, 0), batch.messages)
+    experience = module.make_experience(module.rollout(batch, 0), batch.messages)
     assert experience.values is not None and float(experience.values.abs().max()) == 0  # the head begins with zeros
     assert float(experience.kl.abs().max()) < 1e-5
 

@@ -1,98 +1,18 @@
+"""Stages that run one after another, are skipped, go on, and are made again."""
+
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from rto_lightning.cli import lightning_cli, main
+from rto_lightning.cli import main
 from rto_lightning.cli.pipeline import StageResult, format_results
-from rto_lightning.errors import MissingInputError, UserError
-from tests.cli.stub_stage import StubBase
+from tests.cli.stub_pipeline import COPY, FIT, SFT, WORLD, Size, calls, fails, pipeline, run
+from tests.cli.stub_runs import write
 
-calls: list[tuple] = []
-
-
-@dataclass
-class Size:
-    width: int = 4
-    depth: int = 1
-
-
-def make_world(output_dir: Path, seed: int, rows: int = 3, rate: float = 0.5, size: Size | None = None) -> None:
-    calls.append(("world", seed, rows, rate, size))
-    (output_dir / "rows.txt").write_text("\n".join(str(seed + row) for row in range(rows)))
-
-
-def fail(output_dir: Path, seed: int, how: str = "user") -> None:
-    (output_dir / "half").touch()
-    if how == "user":
-        raise UserError("there is too little data; give more rows.")
-    raise RuntimeError("a defect")
-
-
-def needs_dpo(output_dir: Path, seed: int, source: str) -> None:
-    raise MissingInputError("no dpo role.", stage="dpo")
-
-
-def copy(output_dir: Path, seed: int, source: str, note: str = "") -> None:
-    calls.append(("copy", source, note))
-    (output_dir / "copied").write_text(Path(source).read_text())
-
-
-@pytest.fixture(autouse=True)
-def stub_stages(monkeypatch, tmp_path):
-    monkeypatch.setattr(lightning_cli, "stage_module_class", lambda: StubBase)
-    monkeypatch.chdir(tmp_path)
-    calls.clear()
-    Path("conf").mkdir()
-    write("conf/sft.yaml", FIT)
-
-
-FIT = {
-    "model": {"class_path": "tests.cli.stub_stage.StubStage", "init_args": {"backbone": {"model": "m"}}},
-    "data": {"class_path": "tests.cli.stub_stage.StubData"},
-    "trainer": {
-        "max_steps": 2,
-        "accelerator": "cpu",
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-        "num_sanity_val_steps": 0,
-    },
-}
-WORLD = {"name": "world", "run": "tests.cli.test_pipeline:make_world", "arguments": {"rows": 5}}
-SFT = {
-    "name": "sft",
-    "fit": "sft.yaml",
-    "arguments": {"model.backbone.model": "{world}/rows.txt", "model.lr": 0.2},
-}
-COPY = {
-    "name": "copy",
-    "run": "tests.cli.test_pipeline:copy",
-    "arguments": {"source": "{sft}/role/role.json", "note": "{{ jinja }}"},
-}
-
-
-def write(name: str, content: dict | str) -> str:
-    Path(name).write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-    return name
-
-
-def pipeline(*stages: dict, **settings) -> str:
-    return write("conf/pipeline.yaml", {"output_dir": "out", "stages": list(stages), **settings})
-
-
-def run(*args: str) -> int:
-    return main(["pipeline", "--config", "conf/pipeline.yaml", *args])
-
-
-def fails(capsys, *args: str) -> tuple[int, str]:
-    status = run(*args)
-    err = capsys.readouterr().err
-    assert err.startswith("rto-lightning: error: ")
-    assert err.count("\n") == 1
-    return status, err.removeprefix("rto-lightning: error: ").strip()
+pytestmark = pytest.mark.usefixtures("pipeline_folder")
 
 
 def test_each_stage_gets_what_earlier_stages_made(capsys):
@@ -114,7 +34,7 @@ def test_each_stage_gets_what_earlier_stages_made(capsys):
     assert all(line.endswith("done now") for line in table[1:4])
     assert table[-1] == f"report: {out}/report.html"
     report = (out / "report.html").read_text(encoding="utf-8")
-    for cell in ("world", "run tests.cli.test_pipeline:make_world", "fit sft.yaml"):
+    for cell in ("world", "run tests.cli.stub_pipeline:make_world", "fit sft.yaml"):
         assert f"<td>{cell}</td>" in report
 
 
@@ -187,7 +107,7 @@ def test_a_new_stage_runs_on_what_is_done():
         (lambda: pipeline({**WORLD, "arguments": {"rows": 6}}, SFT), "world (other arguments: rows); sft"),
         (lambda: write("conf/sft.yaml", yaml.safe_dump(FIT) + "# x\n"), "sft (its configuration file has changed)"),
         (lambda: pipeline(WORLD, SFT, seed=2), "world (seed 1, not 2); sft (seed 1, not 2"),
-        (lambda: pipeline({**WORLD, "run": "tests.cli.test_pipeline:copy"}, SFT), "world (`run` was tests."),
+        (lambda: pipeline({**WORLD, "run": "tests.cli.stub_pipeline:copy"}, SFT), "world (`run` was tests."),
     ],
 )
 def test_a_stage_made_from_other_inputs_is_refused(capsys, change, difference):
@@ -240,7 +160,7 @@ def test_an_interrupted_stage_goes_on_and_one_of_other_inputs_is_moved_aside(cap
 
 
 def test_a_failed_stage_is_named(capsys):
-    pipeline(WORLD, {"name": "bad", "run": "tests.cli.test_pipeline:fail"})
+    pipeline(WORLD, {"name": "bad", "run": "tests.cli.stub_pipeline:fail"})
     assert fails(capsys) == (1, "stage bad: there is too little data; give more rows.")
     assert not Path("out/bad/done.json").exists()
     with pytest.raises(RuntimeError, match="a defect"):
@@ -259,7 +179,7 @@ def test_the_configuration_of_a_stage_is_told_from_a_pipeline(capsys):
         ({**SFT, "arguments": {"model.lrr": 1}}, "stage sft: unknown key `model.lrr`; did you mean `lr`?"),
         ({**SFT, "arguments": {"model.lr": "{world}"}}, "stage sft: `model.lr` must be a number, not "),
         ({**SFT, "fit": ["sft.yaml", "typo.yaml"]}, "stage sft: conf/typo.yaml line 2: unknown key `trainer.stps`"),
-        ({"name": "late", "run": "tests.cli.test_pipeline:fail", "arguments": {"hwo": 1}}, "stage late: arguments of "),
+        ({"name": "late", "run": "tests.cli.stub_pipeline:fail", "arguments": {"hwo": 1}}, "stage late: arguments of "),
     ],
 )
 def test_a_mistake_in_the_settings_of_a_stage_is_found_before_any_runs(capsys, stage, sentence):
@@ -278,7 +198,7 @@ def test_errors_of_a_fit_stage_are_told_with_its_name(capsys):
         1,
         "stage rto: the dpo role gone does not exist; make it first with: rto-lightning fit --config DPO_CONFIG.yaml",
     )
-    pipeline({"name": "rto", "run": "tests.cli.test_pipeline:needs_dpo", "arguments": {"source": "x"}})
+    pipeline({"name": "rto", "run": "tests.cli.stub_pipeline:needs_dpo", "arguments": {"source": "x"}})
     assert fails(capsys) == (1, "stage rto: no dpo role.")
 
 
@@ -311,118 +231,6 @@ def test_it_works_under_any_working_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert run() == 0
     assert len(calls) == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ({"stages": [WORLD], "sede": 1}, "unknown key `sede`; known: stages, output_dir, seed."),
-        ({"output_dir": "out"}, "the key `stages` is missing."),
-        ({"stages": []}, "`stages` is empty; give at least one stage."),
-        ({"stages": [WORLD], "seed": "one"}, "`seed` must be a whole number, not 'one'."),
-        (
-            {"stages": [{**WORLD, "argument": {}}]},
-            "stage 1 (world): unknown key `argument`; known: name, fit, run, arguments.",
-        ),
-        ({"stages": ["world"]}, "stage 1 must be a mapping with `name` and `fit` or `run`, not 'world'."),
-        ({"stages": [{"run": "a:b"}]}, "stage 1: the key `name` is missing."),
-        (
-            {"stages": [{"name": "a/b", "run": "a:b"}]},
-            "stage 1 (a/b): `name` may hold letters, digits, - and _ only, as it names a folder.",
-        ),
-        (
-            {"stages": [WORLD, WORLD]},
-            "stage 2 (world): an earlier stage has the same name; names must differ.",
-        ),
-        (
-            {"stages": [{"name": "a"}]},
-            "stage 1 (a): give either `fit` (a configuration file) or `run` (module:function).",
-        ),
-        (
-            {"stages": [{"name": "a", "fit": "none.yaml"}]},
-            "stage 1 (a): the file conf/none.yaml of `fit` does not exist.",
-        ),
-        (
-            {"stages": [{"name": "a", "fit": ["sft.yaml", "none.yaml"]}]},
-            "stage 1 (a): the file conf/none.yaml of `fit` does not exist.",
-        ),
-        ({"stages": [{"name": "a", "fit": []}]}, "stage 1 (a): `fit` is an empty list; give at least one file."),
-        ({"stages": [{"name": "a", "fit": 3}]}, "stage 1 (a): `fit` must be a file or a list of files, not 3."),
-        (
-            {"stages": [{"name": "a", "run": "module"}]},
-            "stage 1 (a): `run` must have the form module:function, not module.",
-        ),
-        (
-            {"stages": [SFT, WORLD]},
-            "stage 1 (sft): `model.backbone.model` names {world}, no earlier stage (earlier: none).",
-        ),
-        (
-            {"stages": [{**WORLD, "arguments": {"size": {"width": ["{wrld}"]}}}]},
-            "stage 1 (world): `size` names {wrld}, no earlier stage (earlier: none).",
-        ),
-    ],
-)
-def test_mistakes_in_the_file(capsys, content, sentence):
-    write("conf/pipeline.yaml", content)
-    status, error = fails(capsys)
-    assert status == 2
-    assert error == f"conf/pipeline.yaml: {sentence}"
-    assert not Path("out").exists()
-
-
-@pytest.mark.parametrize(
-    ("stage", "sentence"),
-    [
-        (
-            {"run": "tests.nowhere:f"},
-            "stage a: `run: tests.nowhere:f`: there is no module tests.nowhere.",
-        ),
-        (
-            {"run": "tests.cli.test_pipeline:f"},
-            "stage a: `run: tests.cli.test_pipeline:f`: the module tests.cli.test_pipeline has no function f.",
-        ),
-        (
-            {"run": "tests.cli.test_pipeline:make_world", "arguments": {"rosw": 1}},
-            "stage a: arguments of tests.cli.test_pipeline:make_world: unknown key `rosw`; did you mean `rows`?",
-        ),
-        (
-            {"run": "tests.cli.test_pipeline:make_world", "arguments": {"rows": "many"}},
-            "stage a: arguments of tests.cli.test_pipeline:make_world: `rows` must be a whole number, not many.",
-        ),
-        (
-            {"run": "tests.cli.test_pipeline:copy"},
-            "stage a: arguments of tests.cli.test_pipeline:copy: `source` is not set.",
-        ),
-    ],
-)
-def test_functions_that_cannot_be_called(capsys, stage, sentence):
-    pipeline({"name": "a", **stage})
-    assert fails(capsys) == (2, sentence)
-
-
-@pytest.mark.parametrize(
-    ("args", "sentence"),
-    [
-        (["--set", "world"], "--set world: must have the form STAGE.KEY=VALUE."),
-        (["--set", "wrld.rows=1"], "--set wrld.rows=1: there is no stage `wrld`; stages: world."),
-        (
-            ["--set", "world.rows={sft}"],
-            "--set: stage world: `rows` names {sft}, no earlier stage (earlier: none).",
-        ),
-        (
-            ["--seed", "x"],
-            "argument --seed: invalid int value: 'x'; `rto-lightning pipeline --help` lists the options.",
-        ),
-        (
-            ["--bar"],
-            "unrecognized arguments: --bar; `rto-lightning pipeline --help` lists the options.",
-        ),
-    ],
-)
-def test_mistakes_on_the_command_line(capsys, args, sentence):
-    pipeline(WORLD)
-    assert fails(capsys, *args) == (2, sentence)
-    assert not Path("out").exists()
 
 
 def test_a_broken_record(capsys):

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from tests.cli.test_cli import fails, stage, stub_stages, write
+from tests.cli.stub_runs import fails, stage, write
 
-__all__ = ["stub_stages"]  # a fixture that every test uses
+pytestmark = pytest.mark.usefixtures("stub_stages")
 
 
 @pytest.mark.parametrize(

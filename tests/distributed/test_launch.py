@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,8 +55,8 @@ def write_config(folder: Path, inputs: dict[str, str], **trainer: object) -> Pat
     return path
 
 
-def run(command: list[str], timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+def run(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
@@ -89,24 +87,10 @@ def test_the_documented_command_trains(tmp_path: Path, inputs: dict[str, str]) -
     assert len((tmp_path / "run/metrics/fit/metrics.csv").read_text().splitlines()) == 3
 
 
-def listening_port() -> int:
-    """A free port below those that systems give to clients.
-
-    Lightning's own choice is one of those, and is free only when it is chosen: what other tests open in the seconds
-    until the processes listen may take it.
-    """
-    for port in range(20000 + os.getpid() % 1000, 30000):
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
-
-
 @pytest.mark.slow
 def test_lightning_starts_the_processes_itself(tmp_path: Path, inputs: dict[str, str]) -> None:
     config = write_config(tmp_path, inputs, strategy="ddp", devices=2)
-    command = [sys.executable, "-m", "rto_lightning", "fit", "--config", str(config)]
-    result = run(command, MASTER_PORT=str(listening_port()))
+    result = run([sys.executable, "-m", "rto_lightning", "fit", "--config", str(config)])
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "run/role/role.json").is_file()
 
