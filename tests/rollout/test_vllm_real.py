@@ -57,8 +57,9 @@ def _backbone(model, mode):
     return backbone
 
 
-def _settings(where, temperature=0.0, **vllm):
-    vllm_settings = VLLMSettings(where, max_model_len=128, enforce_eager=True, engine_options=OPTIONS, **vllm)
+def _settings(where, temperature=0.0, **engine_options):
+    options = {**OPTIONS, **engine_options}
+    vllm_settings = VLLMSettings(where, max_model_len=128, enforce_eager=True, engine_options=options)
     return RolloutSettings(20, temperature, engine="vllm", vllm=vllm_settings)
 
 
@@ -151,9 +152,7 @@ def test_samples_depend_on_prompt_and_seed_and_are_read_at_their_temperature(mod
 
 def test_a_model_that_vllm_refuses_is_told_of(tmp_path):
     odd = write_tiny_model(tmp_path / "odd")
-    settings = _settings("server")
-    settings.vllm.engine_options = {**OPTIONS, "quantization": "no_such_method"}
-    engine = build_engine(_backbone(odd, "adapters"), settings)
+    engine = build_engine(_backbone(odd, "adapters"), _settings("server", quantization="no_such_method"))
     with pytest.raises(UserError, match=r"vLLM did not start: .*no_such_method"):
         _rollout(engine, "policy")
     engine.close()
