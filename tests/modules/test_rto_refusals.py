@@ -102,6 +102,15 @@ def test_a_role_of_the_wrong_kind_is_refused(tiny_model, roles, setting, role):
         (lambda: RewardSettings(score_clip=-1.0), "model.rewards.score_clip is -1.0; set it to 0 or more"),
         (lambda: PPOSettings(epochs=0), "model.ppo.epochs is 0; set it above 0"),
         (lambda: RolloutSettings(max_new_tokens=0), "model.rollout.max_new_tokens is 0; set it above 0"),
+        (lambda: PPOSettings(dual_clip=1.1), r"dual_clip 1\.1 would cut ratios that clip_range 0\.2 allows"),
+        (lambda: PPOSettings(kl_stop=float("nan")), "kl_stop is nan; set it above 0"),
+        (lambda: PPOSettings(gamma=1.5), r"gamma is 1\.5; set it between 0 and 1"),
+        (lambda: CriticSettings(warmup_iterations=-1), "warmup_iterations is -1; set it to 0 or more"),
+        (lambda: RewardSettings(beta_2=0.0, kl_target=3.0), "set beta_2 above 0"),
+        (lambda: PPOSettings(kl_stop=0.0), "kl_stop is 0.0; set it above 0"),
+        (lambda: PPOSettings(entropy_coefficient=-1.0), "entropy_coefficient is -1.0; set it to 0 or more"),
+        (lambda: RewardSettings(short_penalty=1.0), "set both or none"),
+        (lambda: RolloutSettings(responses_per_prompt=0), "responses_per_prompt is 0; set it above 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, message):
